@@ -1,13 +1,11 @@
 """mlkit: published ML-systems ideas as drop-in PyTorch parts.
 
-The rooms are imported on first use: `mlkit.coresets`.
+The rooms are imported on first use: `mlkit.coresets`, `mlkit.data`, `mlkit.models`. A package's
+public names are listed in its `__init__.pyi`, which also drives the lazy imports.
 """
 
-from mlkit._lazy import lazy_exports
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
-
-_ROOMS = {"coresets": "coresets", "data": "data", "models": "models"}
-
-__all__ = ["__version__", *sorted(_ROOMS)]
-__getattr__, __dir__ = lazy_exports(__name__, _ROOMS)

@@ -1,4 +1,4 @@
-"""The command line around Hydra: finds the run to resume, and explains what could not be composed."""
+"""The command line around Hydra: find the run to resume, explain what could not be composed."""
 
 from __future__ import annotations
 

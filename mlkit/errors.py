@@ -15,6 +15,7 @@ __all__ = [
     "MissingDependencyError",
     "MlkitError",
     "RunError",
+    "UnknownNameError",
     "nearest",
 ]
 
@@ -25,6 +26,12 @@ class MlkitError(Exception):
 
 class InvalidValueError(MlkitError, ValueError):
     """A value outside what is allowed: an argument, a configuration key, an array's contents."""
+
+
+class UnknownNameError(InvalidValueError, KeyError):
+    """A name that a mapping does not hold; also a `KeyError`, so that `in` and `get` work."""
+
+    __str__ = Exception.__str__
 
 
 class InvalidTypeError(MlkitError, TypeError):

@@ -186,6 +186,8 @@ class RunContext:
         }
         if self._finished:
             log.info("resuming %s: %d units are done", self.directory, len(self._finished))
+        for key, result in self._finished.items():  # a logger that starts anew has them too
+            self._log_unit(key, result)
 
     @property
     def finished(self) -> Mapping[str, dict[str, Any]]:
@@ -209,9 +211,12 @@ class RunContext:
                 write_json(self.directory / "units" / f"{key}.json", result)
             _wait_for_all_ranks()
             self._finished[key] = result
-            numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
-            self.log({f"{key}/{k}": float(v) for k, v in numbers.items()})
+            self._log_unit(key, result)
         return self._finished[key]
+
+    def _log_unit(self, key: str, result: Mapping[str, Any]) -> None:
+        numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
+        self.log({f"{key}/{k}": float(v) for k, v in numbers.items()})
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Send numbers to the run's loggers, one step further each time."""

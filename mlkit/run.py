@@ -11,6 +11,8 @@ import json
 import logging
 import platform
 import subprocess
+import sys
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,9 +85,7 @@ def build(node: DictConfig) -> Any:
 
 
 def _run(cfg: DictConfig, directory: Path, settings: Any, parts: Mapping[str, Any]) -> Report:
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    loggers = _open_loggers(cfg)
     context = RunContext(directory, cfg.seed, loggers if is_global_zero() else ())
     nodes = {k: node for k, node in cfg.recipe.items() if not str(k).startswith("_")}
     recipe_class = get_object(cfg.recipe._target_)
@@ -94,15 +94,31 @@ def _run(cfg: DictConfig, directory: Path, settings: Any, parts: Mapping[str, An
 
         torch.set_num_threads(cfg.num_threads)
     recipe = recipe_class(settings=settings, **parts, **nodes)
+    status = "failed"
     try:
         report: Report = recipe.run(context)
+        for logger in context.loggers:
+            logger.log_metrics(report.metrics)
+        status = "success"
     except KeyboardInterrupt:
         log.warning("interrupted; to go on, give the same command with hydra.run.dir=%s", directory)
         raise
-    for logger in context.loggers:
-        logger.log_metrics(report.metrics)
-        logger.finalize("success")
+    finally:
+        for logger in loggers:
+            logger.finalize(status)
+        if "wandb" in sys.modules:  # or the next job of a sweep would log to this run
+            sys.modules["wandb"].finish(exit_code=int(status != "success"))
     return report
+
+
+def _open_loggers(cfg: DictConfig) -> list[Any]:
+    with warnings.catch_warnings():
+        # A resumed run logs its finished units again, so nothing is lost.
+        warnings.filterwarnings("ignore", message="Experiment logs directory")
+        loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    return loggers
 
 
 # --------------------------------------------------------------------------- run directory

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-
+import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import Progress
@@ -146,9 +146,10 @@ class CCS:
                 ),
                 **self.settings.dynamics,
             )
-            callbacks = [] if self.settings.scores_path else [dynamics]
-            model = self._fit(run, f"{FULL}/0/seed{seed}", datamodule.part("train"), datamodule,
-                              seed, callbacks)
+            extra: list[L.Callback] = [] if self.settings.scores_path else [dynamics]
+            model = self._fit(
+                run, f"{FULL}/0/seed{seed}", datamodule.part("train"), datamodule, seed, extra
+            )
             if is_global_zero():
                 table = (
                     ScoreTable.load(self.settings.scores_path)
@@ -157,6 +158,7 @@ class CCS:
                 )
                 table.save(folder / f"seed{seed}.safetensors")
                 self._save_features(folder / f"features-seed{seed}.safetensors", model, datamodule)
+            _barrier()
             return self._measure(model, datamodule)
 
         run.unit(f"{FULL}/0/seed{seed}", fit)
@@ -197,21 +199,20 @@ class CCS:
             selector = self.settings.selector(fit.method, fit.rate, fit.cutoff, fit.seed)
             selection = selector.select(
                 table[self.settings.score],
-                cutoff_scores=table["aum"] if "aum" in table else None,
+                cutoff_scores=table.get("aum"),
                 labels=datamodule.pool_labels,
                 features=features["pool"],
-                confidence=table["confidence"] if "confidence" in table else None,
+                confidence=table.get("confidence"),
                 unseen=self.settings.unseen,
             )
             noisy = (datamodule.pool_labels != datamodule.clean_labels).numpy()
             if is_global_zero():
                 selection.save(path)
-            auc = coverage_auc(
-                features["pool"], selection, eval_features=features["test"]
-            )
+            _barrier()
+            auc = coverage_auc(features["pool"], selection, eval_features=features["test"])
             return {
                 "num_selected": len(selection),
-                "coverage_auc": float(auc),  # type: ignore[arg-type]
+                "coverage_auc": float(auc),
                 "wrong_labels": float(noisy[selection.indices].mean()) if len(selection) else 0.0,
             }
 
@@ -225,9 +226,7 @@ class CCS:
 
         def train() -> dict[str, float]:
             subset = CoresetSubset(datamodule.part("train"), selection)
-            return self._measure(
-                self._fit(run, fit.key, subset, datamodule, fit.seed), datamodule
-            )
+            return self._measure(self._fit(run, fit.key, subset, datamodule, fit.seed), datamodule)
 
         run.unit(f"fits/{fit.key}", train)
 
@@ -310,9 +309,7 @@ class CCS:
         report.figure("accuracy_and_coverage", _figure(cells, full))
         return report
 
-    def _best_cutoff(
-        self, run: RunContext, method: str, rate: float, seeds: range
-    ) -> float | None:
+    def _best_cutoff(self, run: RunContext, method: str, rate: float, seeds: range) -> float | None:
         """The cutoff with the best validation accuracy over all seeds; the smaller on a tie."""
 
         def validation(cutoff: float | None) -> float:
@@ -324,9 +321,10 @@ class CCS:
 
     def _facts(self, report: Report, run: RunContext, seeds: range) -> None:
         report.facts |= {
-            "data": f"{self.data.name} ({self.data.source()})",
+            "data": f"{self.data.name}: {self.data.source()}",
             "label noise": f"{self.data.label_noise:g} of the training labels redrawn",
-            "seeds": ", ".join(map(str, seeds)) + " (initialisation, order, validation split, draw)",
+            "seeds": ", ".join(map(str, seeds))
+            + " (initialisation, order, validation split, draw)",
             "steps": f"{self.settings.max_steps} per fit, the full one included: what a coreset "
             "saves here is data, not steps",
             "score": f"{self.settings.score}, recorded in the full fit (its cost: one fit a seed)",
@@ -343,8 +341,10 @@ class CCS:
         rates = self.settings.prune_rates
         header = ["method", *(f"{r:.4g} pruned" for r in rates)]
         rows = [[FULL, _percent(full), *[""] * (len(rates) - 1)]]
-        for method in self.settings.methods:
-            rows.append([method, *(_percent(cells[method, r]) for r in rates)])
+        rows += [
+            [method, *(_percent(cells[method, r]) for r in rates)]
+            for method in self.settings.methods
+        ]
         report.table(f"Test accuracy %, mean ± std over {len(full)} seeds", header, rows)
         extra = []
         for method, node in self.settings.methods.items():
@@ -356,8 +356,11 @@ class CCS:
                     + ("" if cutoff is None else f" (cutoff {cutoff})")
                 )
             extra.append(line)
-        report.table("Coverage AUC (mean distance to the nearest example; lower covers better)",
-                     header, extra)
+        report.table(
+            "Coverage AUC (mean distance to the nearest example; lower covers better)",
+            header,
+            extra,
+        )
 
     def _verdict(
         self,
@@ -374,11 +377,20 @@ class CCS:
                 ours = np.array([u["test"] for u in cells["ccs", rate]])
                 theirs = np.array([u["test"] for u in cells[method, rate]])
                 mean, low, high = paired_interval(ours - theirs)
-                report.metric(f"test_accuracy_difference/ccs-{method}/{rate:g}", mean)
+                name = f"ccs-{method}/{rate:g}"
+                report.metric(f"test_accuracy_difference/{name}", mean)
+                report.metric(f"test_accuracy_difference_low/{name}", low)
+                report.metric(f"test_accuracy_difference_high/{name}", high)
                 report.verdict.append(
                     f"{rate:g} pruned: ccs {100 * mean:+.1f} points against {method} "
                     f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired by seed)"
                 )
+
+
+def _barrier() -> None:
+    """Let the other processes of a distributed run see what rank 0 wrote."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:

@@ -89,9 +89,7 @@ class TrainingDynamics(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Size the record by the training data, and go on from a checkpoint if there is one."""
         if self.recorder is None:
-            self.recorder = DynamicsRecorder(
-                _dataset_size(trainer), self._scores, **self._settings
-            )
+            self.recorder = DynamicsRecorder(_dataset_size(trainer), self._scores, **self._settings)
         if self._pending is not None:
             self.recorder.load_state_dict(self._pending)
             self._pending = None

@@ -2,13 +2,12 @@
 
 Zheng, Liu, Lai, Prakash: "Coverage-centric Coreset Selection for High Pruning Rates", ICLR 2023,
 arXiv 2210.15809, Algorithm 1; official code: haizhongzheng/Coverage-centric-coreset-selection.
-Departures (our decision): exact counts, keyed randomness, closed last stratum, a cutoff by the score
-itself unless another is given, a correct class-balanced form. `preset="official"` gives the
+Departures (our decision): exact counts, keyed randomness, closed last stratum, a cutoff by the
+score itself unless another is given, a correct class-balanced form. `preset="official"` gives the
 official code's cutoff score and strata instead.
 """
 
 from __future__ import annotations
-
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -6,7 +6,8 @@ visit, y its label:
 
 - aum: mean or sum of p_y - max_{c != y} p_c (Pleiss et al. 2020, arXiv 2001.10528, in logits; the
   official CCS code in probabilities).
-- forgetting: visits at which a right prediction turned wrong (Toneva et al. 2019, arXiv 1812.05159).
+- forgetting: visits at which a right prediction turned wrong (Toneva et al. 2019,
+  arXiv 1812.05159).
 - el2n: mean of ||p - onehot(y)||_2 over the first visits (Paul et al. 2021, arXiv 2107.07075).
 - grand: mean of ||p - onehot(y)||_2 * sqrt(1 + ||phi||^2) over the first visits: the gradient norm
   of a linear head with bias on features phi (Paul et al. 2021, last-layer form).
@@ -26,7 +27,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
@@ -185,7 +185,7 @@ class DynamicsRecorder:
         self,
         indices: Int[Tensor, " batch"],
         logits: Float[Tensor, "batch *tokens classes"],
-        targets: Int[Tensor, "batch *tokens"],
+        targets: Int[Tensor, batch * tokens],
         features: Float[Tensor, "batch features"] | None = None,
     ) -> None:
         """Record one visit of each example of a batch.
@@ -278,7 +278,7 @@ class DynamicsRecorder:
         self,
         indices: Int[Tensor, " batch"],
         logits: Float[Tensor, "batch *tokens classes"],
-        targets: Int[Tensor, "batch *tokens"],
+        targets: Int[Tensor, batch * tokens],
     ) -> None:
         """Record entropy and loss of the trained model (evaluation mode, evaluation transform)."""
         self._check(indices, logits, targets)
@@ -463,17 +463,19 @@ class _Visit:
     def __init__(
         self,
         logits: Float[Tensor, "batch *tokens classes"],
-        targets: Int[Tensor, "batch *tokens"],
+        targets: Int[Tensor, batch * tokens],
         settings: dict[str, Any],
     ) -> None:
         self.is_tokens = logits.ndim > 2
         self._logits = logits
         self._space = settings["space"]
-        self._labelled = (targets != settings["ignore_index"]).flatten(1) if self.is_tokens else None
+        self._labelled = (
+            (targets != settings["ignore_index"]).flatten(1) if self.is_tokens else None
+        )
         self._targets = targets.clamp_min(0).to(torch.int64)
         self.probs = logits.softmax(-1)
 
-    def _example(self, values: Float[Tensor, "batch *tokens"]) -> Float[Tensor, " batch"]:
+    def _example(self, values: Float[Tensor, batch * tokens]) -> Float[Tensor, " batch"]:
         if self._labelled is None:
             return values
         total = (values.flatten(1) * self._labelled).sum(1)
@@ -506,7 +508,9 @@ class _Visit:
     @property
     def error_norm(self) -> Float[Tensor, " batch"]:
         error = self.probs.scatter_add(
-            -1, self._targets[..., None], self.probs.new_full((), -1.0).expand_as(self._targets[..., None])
+            -1,
+            self._targets[..., None],
+            self.probs.new_full((), -1.0).expand_as(self._targets[..., None]),
         )
         return self._example(error.norm(dim=-1))
 

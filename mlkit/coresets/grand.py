@@ -20,7 +20,7 @@ def exact_grand(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     chunk_size: int = 64,
 ) -> Float[Tensor, " n"]:
-    """Return ||d loss_i / d theta||_2 for every example (Paul et al. 2021, arXiv 2107.07075, eq. 1).
+    """Return ||d loss_i / d theta||_2 for every example (Paul et al. 2021, arXiv 2107.07075).
 
     The score is the expectation over initialisations: average the results of several models. The
     memory is `chunk_size` times the trainable parameters. The model runs in evaluation mode (batch

@@ -70,7 +70,6 @@ class CoresetDataModule(L.LightningDataModule):
                 f"batch_size, got {type(full).__name__}; build yours over "
                 "CoresetSubset(dataset, selection)"
             )
-        workers = {"persistent_workers": full.persistent_workers} if full.num_workers else {}
         return DataLoader(
             CoresetSubset(full.dataset, self.selection),
             batch_size=full.batch_size,
@@ -82,7 +81,7 @@ class CoresetDataModule(L.LightningDataModule):
             timeout=full.timeout,
             worker_init_fn=full.worker_init_fn,
             generator=full.generator,
-            **workers,
+            persistent_workers=full.persistent_workers,
         )
 
     def val_dataloader(self) -> Any:

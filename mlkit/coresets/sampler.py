@@ -1,4 +1,4 @@
-"""A sampler that trains on a coreset, the same one every epoch or a fresh draw of the same budgets."""
+"""A sampler that trains on a coreset: the same every epoch, or a fresh draw of its budgets."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ class CoverageCentricSampler(Sampler[int]):
         coreset = torch.from_numpy(self.indices(epoch))
         generator = torch.Generator().manual_seed((self.selector.seed << 20) + epoch)
         passes = math.ceil(self._length / len(coreset))
-        order = torch.cat([torch.randperm(len(coreset), generator=generator) for _ in range(passes)])
+        order = torch.cat(
+            [torch.randperm(len(coreset), generator=generator) for _ in range(passes)]
+        )
         yield from coreset[order[: self._length]].tolist()
 
     def set_epoch(self, epoch: int) -> None:

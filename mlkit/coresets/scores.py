@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mlkit.errors import InvalidTypeError, InvalidValueError, MissingDataError, nearest
+from mlkit.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingDataError,
+    UnknownNameError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -124,7 +130,7 @@ class ScoreTable(Mapping[str, ArrayScore]):
 
     def __getitem__(self, name: str) -> ArrayScore:
         if name not in self._scores:
-            raise InvalidValueError(f"no score {name!r} here; {nearest(name, self._scores)}")
+            raise UnknownNameError(f"no score {name!r} here; {nearest(name, self._scores)}")
         unseen = None if self.visits is None else self.visits == 0
         return ArrayScore(self._scores[name], self.hard[name], name, unseen)
 
@@ -143,9 +149,8 @@ class ScoreTable(Mapping[str, ArrayScore]):
 
         path = Path(path)
         tensors = {f"score/{k}": v for k, v in self._scores.items()}
-        for name, extra in (("targets", self.targets), ("visits", self.visits)):
-            if extra is not None:
-                tensors[name] = extra
+        extras = {"targets": self.targets, "visits": self.visits}
+        tensors |= {name: rows for name, rows in extras.items() if rows is not None}
         header = {"meta": self.meta, "hard": {k: self.hard[k] for k in self._scores}}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -193,7 +198,7 @@ class ScoreTable(Mapping[str, ArrayScore]):
                 "score the same split that you annotate"
             )
         for name, values in self._scores.items():
-            dataset = dataset.add_column(prefix + name, values)  # type: ignore[call-arg]
+            dataset = dataset.add_column(prefix + name, values)
         return dataset
 
     @classmethod
@@ -225,13 +230,11 @@ class ScoreTable(Mapping[str, ArrayScore]):
         for other in tables[1:]:
             if list(other) != list(first) or other.num_samples != first.num_samples:
                 raise InvalidValueError(f"cannot average {first} with {other}: columns differ")
-        visits = None
-        if all(t.visits is not None for t in tables):
-            visits = np.min([t.visits for t in tables], axis=0)
+        visits = [t.visits for t in tables if t.visits is not None]
         return cls(
-            {k: np.mean([t[k].values for t in tables], axis=0, dtype=np.float64) for k in first},
+            {k: np.stack([t[k].values for t in tables]).mean(axis=0) for k in first},
             targets=first.targets,
-            visits=visits,
+            visits=np.min(visits, axis=0) if len(visits) == len(tables) else None,
             meta={**first.meta, "runs": len(tables)},
             hard={k: first.hard[k] for k in first},
         )

@@ -333,7 +333,7 @@ def _as_score(scores: Any, hard: Hard | None) -> ArrayScore:
     return ArrayScore(_rows("scores", scores, np.floating), hard)
 
 
-def _rows(name: str, rows: Any, kind: type[np.generic], ndim: int = 1) -> Any:
+def _rows(name: str, rows: Any, kind: Any, ndim: int = 1) -> Any:
     """Return `rows` as an array of the wanted kind and rank, without a copy where it is one."""
     if rows is None:
         return None
@@ -364,9 +364,7 @@ def _without_unseen(
 ) -> tuple[ArrayScore, Int[np.ndarray, " c"] | None]:
     """Settle examples without a score, then refuse any NaN that is left."""
     if unseen not in ("error", "hard", "easy", "drop"):
-        raise InvalidValueError(
-            f"unseen must be 'error', 'hard', 'easy' or 'drop', got {unseen!r}"
-        )
+        raise InvalidValueError(f"unseen must be 'error', 'hard', 'easy' or 'drop', got {unseen!r}")
     values, candidates = score.values, None
     missing = score.unseen
     if missing is not None and missing.any():

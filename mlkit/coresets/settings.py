@@ -61,7 +61,9 @@ class CCSSettings:
         if self.stage not in _STAGES:
             raise InvalidValueError(f"no ccs.stage {self.stage!r}; {nearest(self.stage, _STAGES)}")
         if self.score not in HARD_SIDE:
-            raise InvalidValueError(f"no ccs.score {self.score!r}; {nearest(self.score, HARD_SIDE)}")
+            raise InvalidValueError(
+                f"no ccs.score {self.score!r}; {nearest(self.score, HARD_SIDE)}"
+            )
         for key in ("num_seeds", "max_steps"):
             if getattr(self, key) < 1:
                 raise InvalidValueError(f"ccs.{key} must be at least 1, got {getattr(self, key)}")
@@ -72,8 +74,8 @@ class CCSSettings:
 
         for method in self.methods:
             for rate in self.prune_rates:
-                for cutoff in self.cutoffs_of(method, rate):
-                    self.selector(method, rate, cutoff, seed=0)
+                for beta in self.cutoffs_of(method, rate):
+                    self.selector(method, rate, beta, seed=0)
 
     def cutoffs_of(self, method: str, rate: float) -> list[float | None]:
         """Cutoffs to search for a method; [None] where its configuration settles them.
@@ -97,7 +99,7 @@ class CCSSettings:
         Raises:
             InvalidTypeError: If its `_target_` is no selector.
         """
-        node = {**self.methods[method], "prune_rate": rate, "seed": seed}
+        node: dict[str, Any] = {**self.methods[method], "prune_rate": rate, "seed": seed}
         if cutoff is not None:
             node["cutoff"] = cutoff
         selector = instantiate(node)

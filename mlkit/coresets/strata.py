@@ -108,7 +108,9 @@ def official_strata(
     """
     kept = values[~dropped].astype(np.float32)
     low, high = kept.min(), kept.max() * np.float32(1.0001)
-    edges = low + np.arange(num_strata + 1, dtype=np.float32) * np.float32((high - low) / num_strata)
+    edges = low + np.arange(num_strata + 1, dtype=np.float32) * np.float32(
+        (high - low) / num_strata
+    )
     strata = np.searchsorted(edges, values.astype(np.float32), side="right") - 1
     strata[dropped | (strata < 0) | (strata >= num_strata)] = num_strata
     return strata, float(low), float(high)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, Integer
 from mlkit.coresets.counts import class_quotas, water_fill
 from mlkit.coresets.keyed import draw, populations
 from mlkit.coresets.selection import Pool, Selector
-from mlkit.coresets.strata import Binning, official_strata, score_range, stratify
+from mlkit.coresets.strata import Binning, score_range, stratify
 from mlkit.errors import InvalidValueError
 
 __all__ = ["StrataPlan", "Stratified"]
@@ -113,7 +113,7 @@ class Stratified(Selector):
                 strata = part
             else:
                 inside = part < k
-                strata[piece.rows[inside]] = part[inside].astype(dtype) + dtype(number * k)
+                strata[piece.rows[inside]] = part[inside].astype(np.int32) + number * k
         assert strata is not None
         report |= {
             "seed": self.seed,

@@ -1,23 +1,5 @@
 """Data: specifications, data modules, readers of public formats, the offline registry."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from mlkit._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from mlkit.data.examples import Examples, TensorExamples
-    from mlkit.data.lightning import ClassificationDataModule
-    from mlkit.data.offline import data_root, require
-    from mlkit.data.spec import DataSpec
-
-_EXPORTS = {
-    "ClassificationDataModule": "lightning",
-    "DataSpec": "spec",
-    "Examples": "examples",
-    "TensorExamples": "examples",
-    "data_root": "offline",
-    "require": "offline",
-}
-
-__all__ = sorted(_EXPORTS)
-__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -105,7 +105,9 @@ def collate(items: Example | list[Example]) -> Example:
     return items if isinstance(items, dict) else default_collate(items)
 
 
-def labels_of(dataset: Any, label_key: str = "label", input_key: str = "image") -> Int[Tensor, " n"]:
+def labels_of(
+    dataset: Any, label_key: str = "label", input_key: str = "image"
+) -> Int[Tensor, " n"]:
     """All labels of a data set, without loading inputs where it has them at hand."""
     for name in ("targets", "labels"):
         values = getattr(dataset, name, None)

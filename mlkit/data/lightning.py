@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlkit.data.examples import Examples, TensorExamples, collate, labels_of, load_tensors
 from mlkit.data.spec import DataSpec
-from mlkit.errors import InvalidTypeError, InvalidValueError, MissingDataError, MissingDependencyError
+from mlkit.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingDataError,
+    MissingDependencyError,
+)
 
 __all__ = ["ClassificationDataModule"]
 
@@ -40,6 +46,7 @@ class ClassificationDataModule(L.LightningDataModule):
         super().__init__()
         self.spec, self.seed = spec, seed
         self._parts: dict[str, Dataset[Any]] = {}
+        self._tensors: dict[int, Tensor] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data sets and split them; a second call does nothing."""
@@ -120,15 +127,22 @@ class ClassificationDataModule(L.LightningDataModule):
 
     def _inputs(self, dataset: Any, transform: Callable[[Any], Any] | None) -> Tensor:
         """All inputs of a data set as one tensor, made once."""
-        cached: dict[int, Tensor] = self.__dict__.setdefault("_tensors", {})
-        if id(dataset) not in cached:
-            cached[id(dataset)] = load_tensors(
+        if id(dataset) not in self._tensors:
+            self._tensors[id(dataset)] = load_tensors(
                 dataset, transform, self.spec.input_key, self.spec.label_key
             )
-        return cached[id(dataset)]
+        return self._tensors[id(dataset)]
+
+    def content_hash(self) -> str:
+        """Sixteen hex digits of the SHA-256 of the in-memory training and test inputs."""
+        self.setup()
+        digest = hashlib.sha256()
+        for inputs in self._tensors.values():
+            digest.update(inputs.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def part(self, name: str) -> Dataset[Any]:
-        """The examples of "train", "pool" (training under the evaluation transform), "val", "test"."""
+        """The examples of "train", "val", "test", or "pool" (train without augmentation)."""
         self.setup()
         return self._parts[name]
 

@@ -93,11 +93,13 @@ class DataSpec:
             )
 
     def source(self) -> str:
-        """Where the data come from and, for files, the hash of their contents."""
-        target = self.train.get("_target_", "a data set")
-        if self.root is None:
-            return str(target)
-        return f"{target} at {Path(self.root).name}, sha256 {content_hash(Path(self.root))}"
+        """Where the data come from, with a hash of the files, or of the arrays without files."""
+        target = str(self.train.get("_target_", "a data set"))
+        if self.root is not None:
+            return f"{target}, files sha256 {content_hash(Path(self.root))}"
+        if not self.in_memory:
+            return target
+        return f"{target}, arrays sha256 {self.build(seed=0).content_hash()}"
 
     def build(self, seed: int) -> ClassificationDataModule:
         """Return the data module; `seed` keys the validation split and the label noise."""

@@ -29,7 +29,9 @@ def resnet_cifar(num_classes: int, in_channels: int = 3, name: str = "resnet18")
             "torch==2.14.0 torchvision==0.29.0"
         ) from error
     if not name.startswith("resnet") or not hasattr(models, name):
-        raise InvalidValueError(f"name must be a torchvision ResNet such as 'resnet18', got {name!r}")
+        raise InvalidValueError(
+            f"name must be a torchvision ResNet such as 'resnet18', got {name!r}"
+        )
     model = getattr(models, name)(weights=None, num_classes=num_classes)
     model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -49,7 +50,7 @@ class MLP(nn.Sequential):
     ) -> None:
         sizes = [math.prod(input_shape), *hidden_sizes]
         layers: list[nn.Module] = [nn.Flatten(), _InputNoise(input_noise)]
-        for wide, narrow in zip(sizes[:-1], sizes[1:], strict=True):
+        for wide, narrow in pairwise(sizes):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
         super().__init__(*layers, nn.Linear(sizes[-1], num_classes))
 

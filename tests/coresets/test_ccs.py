@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
-from tests.coresets import oracle
 
 from mlkit.coresets import CCS, ArrayScore, Stratified
 from mlkit.coresets.counts import num_cut, num_selected, water_fill
 from mlkit.coresets.keyed import draw, keyed_hash
 from mlkit.coresets.selection import _pool
 from mlkit.errors import InvalidTypeError, InvalidValueError
+from tests.coresets import oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the examples share one of")
 
@@ -28,7 +28,9 @@ RATES = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
 
 
 @settings(max_examples=300, deadline=None)
-@given(SCORES, RATES, RATES, st.integers(1, 60), st.sampled_from(["low", "high"]), st.integers(0, 9))
+@given(
+    SCORES, RATES, RATES, st.integers(1, 60), st.sampled_from(["low", "high"]), st.integers(0, 9)
+)
 def test_equals_oracle(scores, prune_rate, cutoff, num_strata, hard, seed):
     cutoff = min(cutoff, prune_rate)
     got = CCS(prune_rate=prune_rate, cutoff=cutoff, num_strata=num_strata, seed=seed).select(
@@ -132,8 +134,14 @@ def test_draw_over_many_chunks_equals_one_sort(monkeypatch):
 def test_same_seed_same_set_and_other_seed_other_set():
     scores = np.random.default_rng(0).normal(size=1_000).astype(np.float32)
     first = CCS(prune_rate=0.9, seed=1).select(scores, hard="low")
-    assert first.report["hash"] == CCS(prune_rate=0.9, seed=1).select(scores, hard="low").report["hash"]
-    assert first.report["hash"] != CCS(prune_rate=0.9, seed=2).select(scores, hard="low").report["hash"]
+    assert (
+        first.report["hash"]
+        == CCS(prune_rate=0.9, seed=1).select(scores, hard="low").report["hash"]
+    )
+    assert (
+        first.report["hash"]
+        != CCS(prune_rate=0.9, seed=2).select(scores, hard="low").report["hash"]
+    )
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 49, 50, 51])
@@ -175,9 +183,7 @@ def test_another_score_decides_the_cut():
     got = CCS(prune_rate=0.7, cutoff=0.3).select(
         scores, hard="high", cutoff_scores=ArrayScore(aum, "low", "aum")
     )
-    want = oracle.ccs_select(
-        scores, 0.7, 0.3, hard="high", cutoff_scores=aum, cutoff_hard="low"
-    )
+    want = oracle.ccs_select(scores, 0.7, 0.3, hard="high", cutoff_scores=aum, cutoff_hard="low")
     assert got.indices.tolist() == want["indices"]
     assert got.report["cut_by"] == "aum"
 

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from mlkit.coresets import CCS, ArrayScore, ScoreTable, auto_cutoff, mislabel_fraction, search_cutoff
+from mlkit.coresets import (
+    CCS,
+    ArrayScore,
+    ScoreTable,
+    auto_cutoff,
+    mislabel_fraction,
+    search_cutoff,
+)
 from mlkit.errors import InvalidValueError
 
 

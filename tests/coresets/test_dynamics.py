@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.coresets import oracle
 from tests.helpers.ddp import run_ddp
 
 from mlkit.coresets import DynamicsRecorder, exact_grand
 from mlkit.coresets.dynamics import FINAL_SCORES, SCORES
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
+from tests.coresets import oracle
 
 STREAMED = [s for s in SCORES if s not in FINAL_SCORES and s != "grand"]
 
@@ -19,9 +19,7 @@ def _run(num_samples, num_classes, epochs, *, seed=0, batch=5, duplicates=False,
     """Record a made-up training run, and keep its whole log."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=generator)
-    recorder = DynamicsRecorder(
-        num_samples, STREAMED, previous_dtype=torch.float32, **settings_
-    )
+    recorder = DynamicsRecorder(num_samples, STREAMED, previous_dtype=torch.float32, **settings_)
     log = []
     for epoch in range(epochs):
         order = torch.randperm(num_samples, generator=generator)
@@ -197,7 +195,9 @@ def test_last_layer_grand_is_the_gradient_norm_of_a_linear_head():
     np.testing.assert_allclose(recorder.compute()["grand"].values, exact, rtol=1e-5)
     for row in range(6):
         head.zero_grad()
-        torch.nn.functional.cross_entropy(head(features[row : row + 1]), labels[row : row + 1]).backward()
+        torch.nn.functional.cross_entropy(
+            head(features[row : row + 1]), labels[row : row + 1]
+        ).backward()
         norm = sum(p.grad.square().sum() for p in head.parameters()).sqrt()
         assert float(exact[row]) == pytest.approx(float(norm), rel=1e-5)
 
@@ -223,9 +223,7 @@ def test_tokens_average_over_labelled_positions():
     table = recorder.compute()
     for row, positions in ((0, [0, 1]), (1, [0, 2, 3])):
         single = DynamicsRecorder(len(positions), ["aum", "el2n", "confidence"])
-        single.update(
-            torch.arange(len(positions)), logits[row, positions], targets[row, positions]
-        )
+        single.update(torch.arange(len(positions)), logits[row, positions], targets[row, positions])
         want = single.compute()
         for name in ("aum", "el2n", "confidence"):
             assert table[name].values[row] == pytest.approx(want[name].values.mean(), abs=1e-6)
@@ -299,7 +297,9 @@ def test_bad_updates():
 
 
 def test_exact_grand_leaves_the_model_as_it_was():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
     before = {k: v.clone() for k, v in model.state_dict().items()}
     norms = exact_grand(model, torch.randn(7, 3), torch.randint(2, (7,)), chunk_size=3)
     assert norms.shape == (7,)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.coresets import oracle
 
 from mlkit.coresets import CCS, ArrayScore, HardCutoff, Pipeline, RandomSelector, Stratified, TopK
 from mlkit.coresets.counts import class_quotas
 from mlkit.errors import InvalidTypeError, InvalidValueError
+from tests.coresets import oracle
 
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.5]), min_size=1, max_size=40)
 RATES = st.sampled_from([0.0, 0.3, 0.5, 0.9])
@@ -24,9 +24,9 @@ def test_top_k_is_the_end_of_the_ranking(values, prune_rate, cutoff, which, seed
     got = TopK(prune_rate=prune_rate, cutoff=cutoff, which=which, seed=seed).select(
         scores, hard="high"
     )
-    order = sorted(
-        range(len(scores)), key=lambda i: (-scores[i], oracle.keyed_hash(i, seed))
-    )[oracle.num_cut(len(scores), cutoff) :]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], oracle.keyed_hash(i, seed)))[
+        oracle.num_cut(len(scores), cutoff) :
+    ]
     size = oracle.num_kept(len(scores), prune_rate)
     want = order[:size] if which == "hardest" else order[::-1][:size]
     assert got.indices.tolist() == sorted(want)
@@ -36,7 +36,10 @@ def test_hard_side_turns_the_ranking():
     scores = np.arange(10.0)
     assert TopK(prune_rate=0.8).select(scores, hard="high").indices.tolist() == [8, 9]
     assert TopK(prune_rate=0.8).select(scores, hard="low").indices.tolist() == [0, 1]
-    assert TopK(prune_rate=0.8, which="easiest").select(scores, hard="low").indices.tolist() == [8, 9]
+    assert TopK(prune_rate=0.8, which="easiest").select(scores, hard="low").indices.tolist() == [
+        8,
+        9,
+    ]
 
 
 def test_class_balance_is_right_on_imbalanced_data():

@@ -1,0 +1,107 @@
+"""What a paper claims, and the run of ours to hold against it.
+
+A system's claims are the list `CLAIMS` in `scripts/claims/<system>.py`; modules whose names begin
+with an underscore are shared parts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlkit.report import Table
+
+__all__ = ["Claim", "Figure", "Metrics", "all_claims"]
+
+Metrics = Mapping[str, float]
+"""What a run's `metrics.json` holds."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A difference that a paper reports, and the metric of ours to hold against it.
+
+    The metric's 95 % interval is looked up under its first part with `_low` and `_high` appended:
+    for "test_accuracy_difference/ccs-random/0.9" that is
+    "test_accuracy_difference_low/ccs-random/0.9".
+
+    Args:
+        what: What is compared.
+        metric: Name in `metrics.json`; a fraction in [0, 1] or a difference of such.
+        paper: The paper's figure with its setting and where it is known from.
+        sign: Direction of the paper's difference: 1 above, -1 below.
+        is_headline: Shown in the README as well.
+    """
+
+    what: str
+    metric: str
+    paper: str
+    sign: int = 1
+    is_headline: bool = False
+
+    def interval(self, metrics: Metrics) -> tuple[float, float] | None:
+        """The 95 % interval of ours, if the run recorded one."""
+        measure, _, rest = self.metric.partition("/")
+        low, high = (metrics.get(f"{measure}_{end}/{rest}") for end in ("low", "high"))
+        return None if low is None or high is None else (low, high)
+
+    def verdict(self, metrics: Metrics) -> str:
+        """Whether ours points where the paper's figure does."""
+        if self.metric not in metrics:
+            return "not measured"
+        interval = self.interval(metrics)
+        if interval is None:
+            agrees = metrics[self.metric] * self.sign > 0
+            return f"{'same' if agrees else 'not the same'} direction, no interval"
+        low, high = sorted(self.sign * end for end in interval)
+        if low > 0:
+            return "same direction"
+        return "opposite direction" if high < 0 else "no difference shown"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's claim with the run that tests it.
+
+    Args:
+        name: Name of the run directory and of the stored result: "<system>-...".
+        system: The system it belongs to.
+        title: The claim in a line, with the data.
+        overrides: Arguments of `train.py`.
+        paper: The paper's figures.
+        verdict: Says in a sentence what the metrics show.
+        needs_data: Name of the data set that has to be fetched or brought, None if it ships.
+        is_heavy: Run only with `--all`: needs a GPU and data that cannot be fetched.
+        table: The metrics as a table; none if left out.
+    """
+
+    name: str
+    system: str
+    title: str
+    overrides: tuple[str, ...]
+    paper: tuple[Figure, ...]
+    verdict: Callable[[Metrics], str]
+    needs_data: str | None = None
+    is_heavy: bool = False
+    table: Callable[[Metrics], Table] | None = None
+
+    @property
+    def run_directory(self) -> str:
+        """Where the run lives, relative to the clone; the same each time, so that it resumes."""
+        return f"outputs/reproduce/{self.name}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line after `python`."""
+        return ["train.py", *self.overrides, f"hydra.run.dir={self.run_directory}"]
+
+
+def all_claims() -> list[Claim]:
+    """The claims of all systems, found by file name."""
+    claims: list[Claim] = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if not path.stem.startswith("_"):
+            claims += importlib.import_module(f"scripts.claims.{path.stem}").CLAIMS
+    return claims
