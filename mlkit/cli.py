@@ -59,6 +59,12 @@ def explain(error: Exception, arguments: Sequence[str], conf: Path) -> str:
     )
     if missing:
         group, option = missing.groups()
+        if group == "hydra":
+            extra = "ray" if option.endswith("/ray") else "sweeps"
+            return (
+                f"error: Hydra's {option} is not installed: pip install 'mlkit-torch[{extra}]' "
+                f"(from a clone: pip install -e '.[{extra}]')"
+            )
         return f"error: there is no {group} {option!r}; {_known(conf, group, option)}"
     group_error = re.search(r"Could not override '([\w/]+)'\.?\s*\n?No match in the defaults", text)
     if group_error or "No match in the defaults list" in text:

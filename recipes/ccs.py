@@ -141,7 +141,7 @@ class CCS:
                 len(pool),  # type: ignore[arg-type]
                 eval_dataloader=(
                     datamodule.loader(pool, shuffle=False)
-                    if FINAL_SCORES.intersection(wanted)
+                    if not wanted.keys().isdisjoint(FINAL_SCORES)
                     else None
                 ),
                 **self.settings.dynamics,

@@ -76,10 +76,10 @@ class TrainingDynamics(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what the scores need, before any step."""
-        wanted = FINAL_SCORES.intersection(self._scores)
+        wanted = [s for s in FINAL_SCORES if s in self._scores]
         if wanted and self.eval_dataloader is None:
             raise InvalidValueError(
-                f"{sorted(wanted)} describe the trained model under the evaluation transform: "
+                f"{wanted} describe the trained model under the evaluation transform: "
                 "pass eval_dataloader=... to TrainingDynamics, or leave them out"
             )
         if "grand" in self._scores:
@@ -129,7 +129,7 @@ class TrainingDynamics(L.Callback):
         assert self.recorder is not None
         if self._hook is not None:
             self._hook.remove()
-        if self.eval_dataloader is not None and FINAL_SCORES.intersection(self._scores):
+        if self.eval_dataloader is not None and not set(FINAL_SCORES).isdisjoint(self._scores):
             was_training = pl_module.training
             pl_module.eval()
             for number, batch in enumerate(self.eval_dataloader):

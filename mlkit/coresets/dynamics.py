@@ -43,8 +43,8 @@ SCORES = (
 )  # fmt: skip
 """Scores that a `DynamicsRecorder` can record."""
 
-FINAL_SCORES = frozenset({"entropy", "loss"})
-_WINDOWED = frozenset({"dual", "dyn_unc", "tdds"})
+FINAL_SCORES = ("entropy", "loss")
+_WINDOWED = ("dual", "dyn_unc", "tdds")
 
 
 class DynamicsRecorder:
@@ -344,7 +344,7 @@ class DynamicsRecorder:
         repeated = state["repeated"] + (state["touched"] & (owner < rank)).sum()
         mine, anyone = owner == rank, owner < world
         state["touched"].zero_()
-        for name, rows in state.items():
+        for name, rows in sorted(state.items()):  # the same order on all ranks
             if name == "repeated":
                 continue
             payload = rows.reshape(len(rows), -1).contiguous().view(torch.uint8)
@@ -409,7 +409,7 @@ class DynamicsRecorder:
         if short and self._wants(*_WINDOWED):
             warnings.warn(
                 f"{short} examples were visited less often than window={self.settings['window']}: "
-                f"their {sorted(_WINDOWED & set(self.scores))} is NaN; train longer or use a "
+                f"their {[s for s in _WINDOWED if s in self.scores]} is NaN; train longer or use a "
                 "smaller window",
                 stacklevel=3,
             )

@@ -184,7 +184,7 @@ class Selector(ABC):
 
     def select(
         self,
-        scores: ArrayScore | np.ndarray | None = None,
+        scores: Any = None,
         *,
         hard: Hard | None = None,
         cutoff_scores: ArrayScore | None = None,

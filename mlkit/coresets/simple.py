@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int
 
 from mlkit.coresets.counts import check_fraction, class_quotas, num_cut
-from mlkit.coresets.keyed import draw, keyed_hash
+from mlkit.coresets.keyed import draw
 from mlkit.coresets.selection import Pool, Selector
+from mlkit.coresets.strata import cut_hardest
 from mlkit.errors import InvalidValueError
 
 __all__ = ["RandomSelector", "TopK"]
@@ -45,20 +46,25 @@ class TopK(Selector):
             )
 
     def _choose(self, pool: Pool) -> tuple[Int[np.ndarray, " m"], dict[str, Any]]:
-        hardness = pool.of(pool.needs("scores", self).hardness())
-        positions = pool.positions()
-        ids = pool.candidate_ids()
-        hashes = keyed_hash(positions if ids is None else ids, self.seed)
-        order = np.lexsort((hashes, -hardness))
+        score = pool.needs("scores", self)
+        values, positions, ids = pool.of(score.values), pool.positions(), pool.candidate_ids()
         groups = _groups(pool, self.class_balanced, self)
         budgets = _budgets(pool, groups, self.budget(pool), self.cutoff)
-        chosen = []
+        chosen = np.zeros(len(values), dtype=bool)
+        total_cut = 0
         for (rows, size), budget in zip(groups, budgets, strict=True):
-            ranked = order if rows is None else order[np.isin(order, rows, assume_unique=True)]
-            ranked = ranked[num_cut(size, self.cutoff) :]
-            chosen.append(ranked[:budget] if self.which == "hardest" else ranked[::-1][:budget])
-        cut = sum(num_cut(size, self.cutoff) for _, size in groups)
-        return np.sort(positions[np.concatenate(chosen)]), {"seed": self.seed, "cut": cut}
+            part, mine = (values, ids) if rows is None else (values[rows], _of(ids, rows))
+            cut = num_cut(size, self.cutoff)
+            skipped = cut if self.which == "hardest" else len(part) - int(budget)
+            inner, _ = cut_hardest(part, score.hard, skipped, self.seed, mine)
+            outer, _ = cut_hardest(part, score.hard, skipped + int(budget), self.seed, mine)
+            chosen[slice(None) if rows is None else rows] = outer & ~inner
+            total_cut += cut
+        return positions[chosen], {"seed": self.seed, "cut": total_cut}
+
+
+def _of(ids: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    return rows if ids is None else ids[rows]
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Integer
 
 from mlkit.coresets.keyed import CHUNK, draw
 from mlkit.coresets.scores import Hard
@@ -79,7 +79,7 @@ def stratify(
     num_strata: int,
     low: float,
     high: float,
-) -> Int[np.ndarray, " n"]:
+) -> Integer[np.ndarray, " n"]:
     """Stratum of each example, 0 .. num_strata - 1; `num_strata` where dropped.
 
     stratum = min(k - 1, floor((s - low) / width)), width = (high - low) / k, in float64; scores
@@ -100,7 +100,7 @@ def stratify(
 
 def official_strata(
     values: Float[np.ndarray, " n"], dropped: Bool[np.ndarray, " n"], num_strata: int
-) -> tuple[Int[np.ndarray, " n"], float, float]:
+) -> tuple[Integer[np.ndarray, " n"], float, float]:
     """Strata as the official code draws them: half-open, up to maximum * 1.0001, in float32.
 
     Returns:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from mlkit.coresets import FacilityLocation, coverage_auc
 from mlkit.coresets.d2 import d2_select
-from scripts.benchmarks._harness import Bench, Row, alternate, calling
+from scripts.benchmarks._harness import Bench, Row, alternate, calling, spread_of
 
 __all__ = ["argmax_loop", "rows"]
 
@@ -155,4 +155,5 @@ def _d2(bench: Bench) -> Iterator[Row]:
         peer=f"argmax loop (extrapolated from {timed:,} choices)",
         peer_value=whole,
         limit=_D2_SECONDS,
+        spread=spread_of(seconds["mlkit"]),
     )

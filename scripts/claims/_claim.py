@@ -29,7 +29,8 @@ class Figure:
 
     Args:
         what: What is compared.
-        metric: Name in `metrics.json`; a fraction in [0, 1] or a difference of such.
+        metric: Name in `metrics.json` of a difference of fractions.
+        terms: Where that is not recorded (a single seed): the two metrics whose difference it is.
         paper: The paper's figure with its setting and where it is known from.
         sign: Direction of the paper's difference: 1 above, -1 below.
         is_headline: Shown in the README as well.
@@ -38,8 +39,16 @@ class Figure:
     what: str
     metric: str
     paper: str
+    terms: tuple[str, str] | None = None
     sign: int = 1
     is_headline: bool = False
+
+    def value(self, metrics: Metrics) -> float | None:
+        """Ours; None if it was not measured."""
+        if self.metric in metrics or self.terms is None:
+            return metrics.get(self.metric)
+        above, below = (metrics.get(name) for name in self.terms)
+        return None if above is None or below is None else above - below
 
     def interval(self, metrics: Metrics) -> tuple[float, float] | None:
         """The 95 % interval of ours, if the run recorded one."""
@@ -49,11 +58,11 @@ class Figure:
 
     def verdict(self, metrics: Metrics) -> str:
         """Whether ours points where the paper's figure does."""
-        if self.metric not in metrics:
+        value, interval = self.value(metrics), self.interval(metrics)
+        if value is None:
             return "not measured"
-        interval = self.interval(metrics)
         if interval is None:
-            agrees = metrics[self.metric] * self.sign > 0
+            agrees = value * self.sign > 0
             return f"{'same' if agrees else 'not the same'} direction, no interval"
         low, high = sorted(self.sign * end for end in interval)
         if low > 0:

@@ -62,6 +62,7 @@ def _read(path: Path) -> Stored | None:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
@@ -87,10 +88,11 @@ def _claims_table(claims: Sequence[Claim], stored: Mapping[str, Stored | None]) 
 def _measured(figure: Figure, result: Stored) -> list[str]:
     """Ours, data, seeds and interval, verdict."""
     metrics, data = result["metrics"], result["data"].partition(" (")[0]
-    seeds, interval = f"{len(result['seeds'])} seeds", figure.interval(metrics)
+    count, interval = len(result["seeds"]), figure.interval(metrics)
+    seeds = f"{count} seed" if count == 1 else f"{count} seeds"
     if interval is not None:
         seeds += f", 95 %: {_points(interval[0])} to {_points(interval[1])}"
-    value = metrics.get(figure.metric)
+    value = figure.value(metrics)
     return [
         "" if value is None else f"{_points(value)} points",
         data,

@@ -146,7 +146,7 @@ def test_evaluation_pass_scores_the_trained_model(tmp_path):
 def test_resumed_fit_records_what_an_uninterrupted_one_does(tmp_path):
     scores = ["aum", "forgetting", "dyn_unc"]
     first = TrainingDynamics(scores, window=2)
-    trainer = _trainer(first, epochs=2, enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer = _trainer(first, epochs=2)
     trainer.fit(Indexed(), _indexed_loader())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     second = TrainingDynamics(scores, window=2)

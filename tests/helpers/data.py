@@ -1,0 +1,120 @@
+"""Small data sets in the true formats of sets that are not on every machine.
+
+Images are random, with a brightness that depends on the class, so that there is something to learn.
+`fixture_overrides` gives what a run needs to take one of them instead of the real set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision import datasets
+
+from mlkit.data.idx import IDX_FILES, write_idx
+
+__all__ = ["CIFAR10Fixture", "CIFAR100Fixture", "FIXTURES", "fixture_overrides"]
+
+
+def _with_own_hashes(cls: type[datasets.CIFAR10]) -> type[datasets.CIFAR10]:
+    """A subclass that expects the hashes of the files that are there; all else is stock code."""
+
+    class Fixture(cls):  # type: ignore[valid-type, misc]
+        def __init__(self, root: str, **arguments: Any) -> None:
+            folder = Path(root) / self.base_folder
+
+            def entry(name: str) -> tuple[str, str]:
+                return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+            self.train_list = [entry(name) for name, _ in cls.train_list]
+            self.test_list = [entry(name) for name, _ in cls.test_list]
+            self.meta = {**cls.meta, "md5": entry(cls.meta["filename"])[1]}
+            super().__init__(root, **arguments)
+
+    Fixture.__name__ = Fixture.__qualname__ = f"{cls.__name__}Fixture"
+    return Fixture
+
+
+CIFAR10Fixture = _with_own_hashes(datasets.CIFAR10)
+CIFAR100Fixture = _with_own_hashes(datasets.CIFAR100)
+
+
+def _images(shape: tuple[int, ...], labels: np.ndarray, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 60, (len(labels), *shape))
+    return (noise + 1.9 * labels.reshape(-1, *[1] * len(shape)) % 190).astype(np.uint8)
+
+
+def write_cifar10(root: Path, num_train: int = 80, num_test: int = 20) -> None:
+    """Write the batches of `cifar-10-batches-py`, `num_train` images over the five of them."""
+    folder = root / CIFAR10Fixture.base_folder
+    folder.mkdir(parents=True)
+    parts = {name: num_train // 5 for name, _ in datasets.CIFAR10.train_list}
+    parts |= {name: num_test for name, _ in datasets.CIFAR10.test_list}
+    for seed, (name, size) in enumerate(parts.items()):
+        labels = np.arange(size) % 10
+        content = {
+            "batch_label": name,
+            "data": _images((3072,), labels * 10, seed),
+            "labels": labels.tolist(),
+            "filenames": [f"{i}.png" for i in range(size)],
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {"label_names": [f"class{i}" for i in range(10)]}
+    (folder / datasets.CIFAR10.meta["filename"]).write_bytes(pickle.dumps(names))
+
+
+def write_cifar100(root: Path, num_train: int = 80, num_test: int = 20) -> None:
+    """Write the files of `cifar-100-python`."""
+    folder = root / CIFAR100Fixture.base_folder
+    folder.mkdir(parents=True)
+    for seed, (name, size) in enumerate({"train": num_train, "test": num_test}.items()):
+        labels = np.arange(size) % 100
+        content = {
+            "data": _images((3072,), labels, seed),
+            "fine_labels": labels.tolist(),
+            "coarse_labels": (labels // 5).tolist(),
+            "filenames": [f"{i}.png" for i in range(size)],
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {"fine_label_names": [f"class{i}" for i in range(100)]}
+    (folder / datasets.CIFAR100.meta["filename"]).write_bytes(pickle.dumps(names))
+
+
+def write_mnist(root: Path, class_name: str, num_train: int = 80, num_test: int = 20) -> None:
+    """Write the four unpacked idx files of a data set of the MNIST family."""
+    folder = root / class_name / "raw"
+    folder.mkdir(parents=True)
+    for seed, (names, size) in enumerate(((IDX_FILES[:2], num_train), (IDX_FILES[2:], num_test))):
+        labels = (np.arange(size) % 10).astype(np.uint8)
+        write_idx(folder / names[0], _images((28, 28), labels.astype(int) * 10, seed))
+        write_idx(folder / names[1], labels)
+
+
+FIXTURES: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "cifar10": (write_cifar10, "tests.helpers.data.CIFAR10Fixture"),
+    "cifar100": (write_cifar100, "tests.helpers.data.CIFAR100Fixture"),
+    "fashion_mnist": (lambda root: write_mnist(root, "FashionMNIST"), None),
+    "mnist10k": (lambda root: write_mnist(root, "MNIST"), None),
+}
+"""By the name of the data configuration: who writes the fixture, and the class that reads it where
+the stock class insists on hashes."""
+
+
+def fixture_overrides(name: str, root: Path) -> list[str]:
+    """Write the fixture of a data configuration below `root`; return the overrides that use it.
+
+    Sets that ship with a dependency need none.
+    """
+    if name not in FIXTURES:
+        return []
+    write, target = FIXTURES[name]
+    write(root)
+    overrides = [f"data.root='{root}'", "data.num_workers=0"]
+    if target is not None:
+        overrides += [f"data.train._target_={target}", f"data.test._target_={target}"]
+    return overrides

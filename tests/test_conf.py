@@ -1,0 +1,172 @@
+"""Every configuration composes and names things that exist; every experiment runs one step."""
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+from hydra.utils import get_class, get_method
+from omegaconf import DictConfig, OmegaConf
+from tests.helpers.data import fixture_overrides
+from tests.helpers.runs import CONF, compose_job, run_here
+
+from mlkit.cli import prepare
+from mlkit.run import build
+
+ONE_STEP = {
+    "ccs": [
+        "ccs.max_steps=1",
+        "ccs.num_seeds=1",
+        "ccs.prune_rate=[0.5]",
+        "ccs.cutoffs=[0.1]",
+        "ccs.unseen=easy",
+        "data.batch_size=8",
+    ]
+}
+"""Per recipe, what makes any of its experiments a matter of seconds. A new recipe adds a line."""
+
+PLUGINS = {
+    "launcher": {
+        "joblib": "hydra_plugins.hydra_joblib_launcher",
+        "ray": "hydra_plugins.hydra_ray_launcher",
+        "slurm": "hydra_plugins.hydra_submitit_launcher",
+    },
+    "hparams_search": {"*": "hydra_plugins.hydra_optuna_sweeper"},
+}
+"""What an option needs beside the core dependencies."""
+
+
+def options(group: str) -> list[str]:
+    folder = CONF / group
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+
+
+RECIPES = options("recipe")
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "recipe")
+
+
+def skip_without_plugin(group: str, option: str) -> None:
+    wanted = PLUGINS.get(group, {})
+    module = wanted.get(option, wanted.get("*"))
+    if module is None:
+        return
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"{group}={option} needs {module}: pip install 'mlkit-torch[sweeps]' (or ray)")
+
+
+def recipe_of(group: str, option: str) -> str:
+    """The recipe that an experiment or a search space is for: the first part of its name."""
+    head = option.split("/")[0]
+    return head if group in ("experiment", "hparams_search") and head in RECIPES else RECIPES[0]
+
+
+def targets(node: object, path: str = "") -> dict[str, str]:
+    """Every `_target_` below a composed node, by its path."""
+    found = {}
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            found[path or "."] = node["_target_"]
+        for key, value in node.items():
+            found |= targets(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            found |= targets(value, f"{path}[{number}]")
+    return found
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything resolves, every `_target_` exists, and the recipe's own values are in range."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    found = targets(plain)
+    assert "recipe" in found
+    for path, target in found.items():
+        try:
+            get_class(target)
+        except ValueError:  # a function
+            assert callable(get_method(target)), path
+    head = plain["recipe"]["_target_"].split(".")[1]
+    build(cfg[head])
+    build(cfg.data)
+
+
+@pytest.mark.parametrize("data", options("data"))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_composes_with_data(recipe, data, tmp_path):
+    with compose_job(tmp_path, f"recipe={recipe}", f"data={data}") as cfg:
+        check(cfg)
+        assert cfg.data.name == data
+        assert cfg.model.net.num_classes == cfg.data.num_classes
+        if "input_shape" in cfg.model.net:
+            assert cfg.model.net.input_shape == cfg.data.input_shape
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in GROUPS if g != "data" for o in options(g)]
+)
+def test_option_composes(group, option, tmp_path):
+    skip_without_plugin(group, option)
+    with compose_job(tmp_path, f"recipe={recipe_of(group, option)}", f"{group}={option}") as cfg:
+        check(cfg)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_first_in_its_own_command(recipe, tmp_path):
+    with compose_job(tmp_path, f"recipe={recipe}", "debug=smoke") as cfg:
+        assert cfg.recipe._target_.startswith(f"recipes.{recipe}.")
+        check(cfg)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_commands_in_comments_compose(path, tmp_path):
+    text = "\n".join(line for line in path.read_text().splitlines() if "#" in line)
+    commands = re.findall(r"python train\.py ([^#\n;]*?)(?:   +|[;#]|$)", text, re.MULTILINE)
+    if path.parent.parent.name == "experiment" or path.parent.name == "experiment":
+        assert commands, "an experiment says the command that runs it"
+        option = path.relative_to(CONF / "experiment").with_suffix("").as_posix()
+        assert any(f"experiment={option}" in c for c in commands)
+    for command in commands:
+        words = [w for w in shlex.split(command) if w != "-m"]
+        if any(w.startswith(("<", "[")) or "=<" in w for w in words):
+            continue  # a template
+        for group, _, option in (w.partition("=") for w in words):
+            skip_without_plugin(group, option)
+        first_values = [re.sub(r"(=[^\[,]*),.*", r"\1", w) for w in words]  # of a sweep
+        with compose_job(tmp_path, *first_values) as cfg:
+            check(cfg)
+
+
+@pytest.mark.filterwarnings("ignore:.*of the examples share one of")
+@pytest.mark.filterwarnings("ignore:.*were visited less often than window")
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiment_runs_one_step(experiment, tmp_path):
+    recipe = recipe_of("experiment", experiment)
+    assert recipe in ONE_STEP, f"add an entry for {recipe} to ONE_STEP"
+    overrides = [f"recipe={recipe}", f"experiment={experiment}"]
+    with compose_job(tmp_path / "run", *overrides) as cfg:
+        data, methods = cfg.data.name, list(cfg[recipe].get("methods", []))
+    run = run_here(
+        tmp_path / "run",
+        *overrides,
+        *ONE_STEP[recipe],
+        *fixture_overrides(data, tmp_path / "data"),
+    )
+    assert run.state["status"] == "finished"
+    for method in methods:
+        assert 0 <= run.metrics[f"test_accuracy/{method}/0.5"] <= 1
+
+
+def test_options_of_the_documented_groups_exist():
+    assert {"callbacks", "data", "debug", "experiment", "hparams_search", "launcher", "logger",
+            "model", "paths", "trainer"} <= set(GROUPS)  # fmt: skip
+    assert {"cpu", "gpu", "ddp"} <= set(options("trainer"))
+    assert {"csv", "wandb", "tensorboard"} <= set(options("logger"))
+
+
+def test_help_composes_with_the_first_recipe():
+    assert prepare(["--help"], CONF) == ["--help", f"recipe={RECIPES[0]}"]
+    assert prepare(["--help", "recipe=ccs"], CONF) == ["--help", "recipe=ccs"]
+    assert prepare(["recipe=ccs", "seed=1"], CONF) == ["recipe=ccs", "seed=1"]

@@ -1,0 +1,98 @@
+"""Imports are cheap, public names exist, and the documentation knows each of them."""
+
+import importlib
+import importlib.util
+import json
+import re
+import types
+
+import pytest
+from tests.helpers.runs import ROOT, run_python
+
+import mlkit
+
+ROOMS = sorted(set(mlkit.__all__) - {"__version__"})
+HEAVY = ("torch", "lightning", "torchvision", "datasets", "transformers", "matplotlib", "wandb")
+LIGHT_USES = {
+    "mlkit": "import mlkit; mlkit.__version__",
+    "mlkit.run": "import mlkit.run, mlkit.cli",
+    "mlkit.report": "import mlkit.report; mlkit.report.Report('t').markdown()",
+    "rooms": "import mlkit; [getattr(mlkit, room) for room in mlkit.__all__]",
+    "mlkit.coresets": (
+        "import numpy as np; from mlkit.coresets import CCS\n"
+        "assert len(CCS(prune_rate=0.5).select(np.arange(100.0), hard='low')) == 50"
+    ),
+    "mlkit.data": (
+        "from mlkit.data import DataSpec\n"
+        "DataSpec(name='x', train={}, test={}, input_shape=[1], num_classes=2).check_files()"
+    ),
+    "settings": (
+        "from mlkit.coresets.settings import CCSSettings\n"
+        "CCSSettings(prune_rate=0.9, methods={'r': {'_target_': 'mlkit.coresets.RandomSelector'}})"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT_USES)
+def test_light_use_imports_no_heavy_package(name):
+    report = f"import json, sys; print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))"
+    done = run_python("-W", "error", "-c", f"{LIGHT_USES[name]}\n{report}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_room_by_attribute_is_the_module(name):
+    assert getattr(mlkit, name) is importlib.import_module(f"mlkit.{name}")
+
+
+def exports(room: str) -> dict[str, str]:
+    """Public name to the module it comes from, as the stub beside the package says."""
+    stub = (ROOT / "mlkit" / room / "__init__.pyi").read_text()
+    lines = re.findall(r"^from \.(\w+) import (\w+)(?: as (\w+))?$", stub, re.MULTILINE)
+    assert len(lines) == len([line for line in stub.splitlines() if "import" in line])
+    assert all(name == alias for _, name, alias in lines), "`import x as x` is what re-exports"
+    return {name: module for module, name, _ in lines}
+
+
+@pytest.mark.parametrize("name", ["mlkit", *(f"mlkit.{room}" for room in ROOMS)])
+def test_every_public_name_resolves_and_hides_no_module(name):
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    for public in package.__all__:
+        value = getattr(package, public)
+        is_module = isinstance(value, types.ModuleType)
+        assert is_module == (importlib.util.find_spec(f"{name}.{public}") is not None), public
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_list_is_what_the_modules_list(room):
+    package = importlib.import_module(f"mlkit.{room}")
+    assert set(package.__all__) == set(exports(room))
+    for public, source in exports(room).items():
+        module = importlib.import_module(f"mlkit.{room}.{source}")
+        assert getattr(package, public) is getattr(module, public)
+        assert public in module.__all__
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="coreset"):
+        mlkit.coreset  # noqa: B018
+    with pytest.raises(ImportError, match="CSS"):
+        from mlkit.coresets import CSS  # noqa: F401
+    with pytest.raises(ImportError):
+        importlib.import_module("mlkit.coresets.absent")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_in_the_documentation(room):
+    pages = {p: p.read_text() for p in sorted((ROOT / "docs").rglob("*.md"))}
+    assert pages, "there is no page in docs/"
+    text = "\n".join(pages.values())
+    absent = [
+        name
+        for name in importlib.import_module(f"mlkit.{room}").__all__
+        if not re.search(rf"`[^`\n]*\b{re.escape(name)}\b", text)
+        and not re.search(rf"\b{re.escape(name)}\b", "".join(re.findall(r"(?s)```.*?```", text)))
+    ]
+    assert not absent, f"mlkit.{room}: no page of docs/ mentions {', '.join(absent)}"
