@@ -21,7 +21,7 @@ from mlkit.errors import InvalidValueError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "RunContext", "Table", "is_global_zero", "write_json"]
+__all__ = ["Report", "RunContext", "Table", "is_global_zero", "paired_interval", "write_json"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,23 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % Student interval.
+
+    Args:
+        differences: One per seed, at least two.
+
+    Example:
+        >>> [round(x, 3) for x in paired_interval([0.01, 0.02, 0.03])]
+        [0.02, -0.005, 0.045]
+    """
+    from scipy import stats
+
+    mean = math.fsum(differences) / len(differences)
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
+    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True)

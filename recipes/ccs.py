@@ -26,7 +26,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
-from scipy import stats
 from torch.utils.data import Dataset
 
 from mlkit.coresets import (
@@ -39,15 +38,15 @@ from mlkit.coresets import (
 from mlkit.coresets.dynamics import FINAL_SCORES
 from mlkit.coresets.settings import CCSSettings
 from mlkit.data import ClassificationDataModule, DataSpec
+from mlkit.errors import InvalidValueError
 from mlkit.models.features import extract_features
 from mlkit.models.lightning import accuracy
 from mlkit.report import Report, RunContext, is_global_zero
+from recipes.ccs_report import FULL, add_tables, add_verdict, figure, mean, record
 
 __all__ = ["CCS"]
 
 log = logging.getLogger(__name__)
-
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,12 @@ class CCS:
                 "trainer.max_epochs is set: coresets would train for fewer steps than the full "
                 "data, which confounds the comparison; use ccs.max_steps",
                 stacklevel=2,
+            )
+        searched = [m for m, n in settings.methods.items() if n.get("cutoff") == "search"]
+        if searched and data.val_fraction == 0:
+            raise InvalidValueError(
+                f"ccs.methods.{searched[0]}.cutoff=search needs validation data: set "
+                "data.val_fraction above 0, or give a cutoff"
             )
 
     def run(self, run: RunContext) -> Report:
@@ -278,8 +283,8 @@ class CCS:
     def _report(self, run: RunContext, seeds: range, fits: list[Fit]) -> Report:
         report = Report("Coreset selection (CCS)")
         self._facts(report, run, seeds)
-        full = [run.unit(f"{FULL}/0/seed{s}", dict) for s in seeds]
-        _record(report, f"{FULL}/0", full)
+        full = [run.finished[f"{FULL}/0/seed{s}"] for s in seeds]
+        record(report, f"{FULL}/0", full)
         if self.settings.stage != "train":
             report.verdict.append(
                 f"Stopped after the stage {self.settings.stage!r}; files are in scores/ and "
@@ -293,20 +298,20 @@ class CCS:
                 chosen = [Fit(method, rate, cutoff, s) for s in seeds]
                 cells[method, rate] = [
                     {
-                        **run.unit(f"selections/{f.key}", dict),
-                        **run.unit(f"fits/{f.key}", dict),
+                        **run.finished[f"selections/{f.key}"],
+                        **run.finished[f"fits/{f.key}"],
                     }
                     for f in chosen
                 ]
                 name = f"{method}/{rate:g}"
-                _record(report, name, cells[method, rate])
+                record(report, name, cells[method, rate])
                 for measure in ("coverage_auc", "wrong_labels"):
-                    report.metric(f"{measure}/{name}", _mean(cells[method, rate], measure))
+                    report.metric(f"{measure}/{name}", mean(cells[method, rate], measure))
                 if cutoff is not None:
                     report.metric(f"cutoff/{name}", cutoff)
-        self._tables(report, cells, full)
-        self._verdict(report, cells, full)
-        report.figure("accuracy_and_coverage", _figure(cells, full))
+        add_tables(report, self.settings, cells, full)
+        add_verdict(report, self.settings, cells, full)
+        report.figure("accuracy_and_coverage", figure(cells, full))
         return report
 
     def _best_cutoff(self, run: RunContext, method: str, rate: float, seeds: range) -> float | None:
@@ -314,12 +319,13 @@ class CCS:
 
         def validation(cutoff: float | None) -> float:
             fits = [Fit(method, rate, cutoff, s) for s in seeds]
-            return _mean([run.unit(f"fits/{f.key}", dict) for f in fits], "val")
+            return mean([run.finished[f"fits/{f.key}"] for f in fits], "val")
 
         cutoffs = self.settings.cutoffs_of(method, rate)
         return cutoffs[0] if len(cutoffs) == 1 else max(cutoffs, key=validation)
 
     def _facts(self, report: Report, run: RunContext, seeds: range) -> None:
+        seconds = math.fsum(u["seconds"] for u in run.finished.values())
         report.facts |= {
             "data": f"{self.data.name}: {self.data.source()}",
             "label noise": f"{self.data.label_noise:g} of the training labels redrawn",
@@ -329,125 +335,11 @@ class CCS:
             "saves here is data, not steps",
             "score": f"{self.settings.score}, recorded in the full fit (its cost: one fit a seed)",
             "cutoff": "chosen per pruning rate by mean validation accuracy over the seeds",
-            "seconds": f"{_total_seconds(run):.0f} in all units",
+            "seconds": f"{seconds:.0f} in all units",
         }
-
-    def _tables(
-        self,
-        report: Report,
-        cells: Mapping[tuple[str, float], list[dict[str, Any]]],
-        full: list[dict[str, Any]],
-    ) -> None:
-        rates = self.settings.prune_rates
-        header = ["method", *(f"{r:.4g} pruned" for r in rates)]
-        rows = [[FULL, _percent(full), *[""] * (len(rates) - 1)]]
-        rows += [
-            [method, *(_percent(cells[method, r]) for r in rates)]
-            for method in self.settings.methods
-        ]
-        report.table(f"Test accuracy %, mean ± std over {len(full)} seeds", header, rows)
-        extra = []
-        for method, node in self.settings.methods.items():
-            line = [method]
-            for rate in rates:
-                cutoff = report.metrics.get(f"cutoff/{method}/{rate:g}", node.get("cutoff"))
-                line.append(
-                    f"{report.metrics[f'coverage_auc/{method}/{rate:g}']:.3f}"
-                    + ("" if cutoff is None else f" (cutoff {cutoff})")
-                )
-            extra.append(line)
-        report.table(
-            "Coverage AUC (mean distance to the nearest example; lower covers better)",
-            header,
-            extra,
-        )
-
-    def _verdict(
-        self,
-        report: Report,
-        cells: Mapping[tuple[str, float], list[dict[str, Any]]],
-        full: list[dict[str, Any]],
-    ) -> None:
-        if "ccs" not in self.settings.methods or len(full) < 2:
-            return
-        for rate in self.settings.prune_rates:
-            for method in self.settings.methods:
-                if method == "ccs":
-                    continue
-                ours = np.array([u["test"] for u in cells["ccs", rate]])
-                theirs = np.array([u["test"] for u in cells[method, rate]])
-                mean, low, high = paired_interval(ours - theirs)
-                name = f"ccs-{method}/{rate:g}"
-                report.metric(f"test_accuracy_difference/{name}", mean)
-                report.metric(f"test_accuracy_difference_low/{name}", low)
-                report.metric(f"test_accuracy_difference_high/{name}", high)
-                report.verdict.append(
-                    f"{rate:g} pruned: ccs {100 * mean:+.1f} points against {method} "
-                    f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired by seed)"
-                )
 
 
 def _barrier() -> None:
     """Let the other processes of a distributed run see what rank 0 wrote."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-
-
-def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % Student interval of paired differences."""
-    mean = float(differences.mean())
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return mean, mean - float(half), mean + float(half)
-
-
-def _mean(units: list[dict[str, Any]], measure: str) -> float:
-    return float(np.mean([u[measure] for u in units]))
-
-
-def _std(units: list[dict[str, Any]], measure: str) -> float:
-    return float(np.std([u[measure] for u in units], ddof=1)) if len(units) > 1 else 0.0
-
-
-def _record(report: Report, name: str, units: list[dict[str, Any]]) -> None:
-    report.metric(f"test_accuracy/{name}", _mean(units, "test"))
-    report.metric(f"test_accuracy_std/{name}", _std(units, "test"))
-    if "val" in units[0]:
-        report.metric(f"val_accuracy/{name}", _mean(units, "val"))
-
-
-def _percent(units: list[dict[str, Any]]) -> str:
-    return f"{100 * _mean(units, 'test'):.1f} ± {100 * _std(units, 'test'):.1f}"
-
-
-def _total_seconds(run: RunContext) -> float:
-    return math.fsum(u.get("seconds", 0.0) for u in run.finished.values())
-
-
-def _figure(
-    cells: Mapping[tuple[str, float], list[dict[str, Any]]], full: list[dict[str, Any]]
-) -> Any:
-    """Accuracy and coverage against the pruning rate."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
-    left.axhline(100 * _mean(full, "test"), color="grey", linestyle="--", label=FULL)
-    for method in dict.fromkeys(m for m, _ in cells):
-        rates = sorted(r for m, r in cells if m == method)
-        units = [cells[method, r] for r in rates]
-        left.errorbar(
-            rates,
-            [100 * _mean(u, "test") for u in units],
-            yerr=[100 * _std(u, "test") for u in units],
-            marker="o",
-            capsize=3,
-            label=method,
-        )
-        right.plot(rates, [_mean(u, "coverage_auc") for u in units], marker="o", label=method)
-    left.set(xlabel="share pruned", ylabel="test accuracy %", title="accuracy")
-    right.set(
-        xlabel="share pruned", ylabel="AUC_pr", title="coverage of test features (lower is better)"
-    )
-    left.legend()
-    right.legend()
-    return figure

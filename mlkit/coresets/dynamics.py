@@ -29,10 +29,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mlkit.coresets.scores import ScoreTable
+from mlkit.coresets.visit import Visit, repeats_earlier
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError, nearest
 
 __all__ = ["SCORES", "DynamicsRecorder"]
@@ -209,11 +210,11 @@ class DynamicsRecorder:
             self._allocate(logits.shape[-1], logits.device)
         state, device = self._state, self._state["visits"].device
         indices = indices.to(device, torch.int64, non_blocking=True)
-        visit = _Visit(logits.to(device).float(), targets.to(device), self.settings)
+        visit = Visit(logits.to(device).float(), targets.to(device), self.settings)
         if self._wants("tdds") and visit.is_tokens:
             raise InvalidValueError("the score 'tdds' is not defined for token-level tasks")
 
-        fresh = ~state["seen"][indices] & ~_repeats_earlier(indices)
+        fresh = ~state["seen"][indices] & ~repeats_earlier(indices)
         state["repeated"] += (~fresh).sum()
         slot = torch.where(fresh, indices, self.num_samples)
         past = state["visits"][slot]
@@ -227,7 +228,7 @@ class DynamicsRecorder:
         self,
         slot: Int[Tensor, " batch"],
         past: Int[Tensor, " batch"],
-        visit: _Visit,
+        visit: Visit,
         features: Tensor | None,
     ) -> None:
         state, settings = self._state, self.settings
@@ -286,7 +287,7 @@ class DynamicsRecorder:
             self._allocate(logits.shape[-1], logits.device)
         state, device = self._state, self._state["visits"].device
         indices = indices.to(device, torch.int64)
-        visit = _Visit(logits.to(device).float(), targets.to(device), self.settings)
+        visit = Visit(logits.to(device).float(), targets.to(device), self.settings)
         if "entropy" in state:
             state["entropy"][indices] = visit.entropy
         if "loss" in state:
@@ -446,78 +447,3 @@ class DynamicsRecorder:
         """Move the state; later updates follow it."""
         self._state = {k: v.to(device) for k, v in self._state.items()}
         return self
-
-
-def _repeats_earlier(indices: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-    """True where the same index stands earlier in the batch; no synchronisation with the host."""
-    _, inverse = torch.sort(indices, stable=True)
-    ordered = indices[inverse]
-    repeat = torch.zeros_like(ordered, dtype=torch.bool)
-    repeat[1:] = ordered[1:] == ordered[:-1]
-    return torch.zeros_like(repeat).scatter_(0, inverse, repeat)
-
-
-class _Visit:
-    """What one forward pass says about each example of a batch; token tasks are averaged."""
-
-    def __init__(
-        self,
-        logits: Float[Tensor, "batch *tokens classes"],
-        targets: Int[Tensor, batch * tokens],
-        settings: dict[str, Any],
-    ) -> None:
-        self.is_tokens = logits.ndim > 2
-        self._logits = logits
-        self._space = settings["space"]
-        self._labelled = (
-            (targets != settings["ignore_index"]).flatten(1) if self.is_tokens else None
-        )
-        self._targets = targets.clamp_min(0).to(torch.int64)
-        self.probs = logits.softmax(-1)
-
-    def _example(self, values: Float[Tensor, batch * tokens]) -> Float[Tensor, " batch"]:
-        if self._labelled is None:
-            return values
-        total = (values.flatten(1) * self._labelled).sum(1)
-        return total / self._labelled.sum(1).clamp_min(1)
-
-    def _at_label(self, values: Tensor) -> Tensor:
-        return values.gather(-1, self._targets[..., None]).squeeze(-1)
-
-    @property
-    def label(self) -> Int[Tensor, " batch"]:
-        return self._targets if not self.is_tokens else self._targets.flatten(1)[:, 0]
-
-    @property
-    def confidence(self) -> Float[Tensor, " batch"]:
-        return self._example(self._at_label(self.probs))
-
-    @property
-    def margin(self) -> Float[Tensor, " batch"]:
-        values = self.probs if self._space == "prob" else self._logits
-        others = values.scatter(-1, self._targets[..., None], -torch.inf).amax(-1)
-        return self._example(self._at_label(values) - others)
-
-    @property
-    def correct(self) -> Bool[Tensor, " batch"]:
-        right = self._logits.argmax(-1) == self._targets
-        if self._labelled is None:
-            return right
-        return (right.flatten(1) | ~self._labelled).all(1)
-
-    @property
-    def error_norm(self) -> Float[Tensor, " batch"]:
-        error = self.probs.scatter_add(
-            -1,
-            self._targets[..., None],
-            self.probs.new_full((), -1.0).expand_as(self._targets[..., None]),
-        )
-        return self._example(error.norm(dim=-1))
-
-    @property
-    def entropy(self) -> Float[Tensor, " batch"]:
-        return self._example(torch.special.entr(self.probs).sum(-1))
-
-    @property
-    def loss(self) -> Float[Tensor, " batch"]:
-        return self._example(-self._at_label(self._logits.log_softmax(-1)))
