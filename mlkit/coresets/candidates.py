@@ -60,11 +60,19 @@ def groups(pool: Pool, seed: int, class_balanced: bool, asker: object) -> list[G
     ]
 
 
-def group_quotas(members: list[Group], total: int) -> Int[np.ndarray, " k"]:
-    """Places of each group, in proportion to its size in the full data set; see `class_quotas`."""
+def group_quotas(
+    members: list[Group], total: int, cuts: Int[np.ndarray, " k"] | None = None
+) -> Int[np.ndarray, " k"]:
+    """Places of each group, in proportion to its size in the full data set; see `class_quotas`.
+
+    Args:
+        members: The groups.
+        total: Places to share out.
+        cuts: How many members of each group may not be taken.
+    """
     sizes = np.array([group.size for group in members])
     available = np.array([len(group.positions) for group in members])
-    return class_quotas(sizes, available, total)
+    return class_quotas(sizes, available if cuts is None else available - cuts, total)
 
 
 def features_of(

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from mlkit.coresets.counts import check_fraction, class_quotas, num_cut
-from mlkit.coresets.keyed import draw
+from mlkit.coresets.candidates import group_quotas, groups
+from mlkit.coresets.counts import check_fraction, num_cut
 from mlkit.coresets.selection import Pool, Selector
-from mlkit.coresets.strata import cut_hardest
 from mlkit.errors import InvalidValueError
 
 __all__ = ["RandomSelector", "TopK"]
@@ -46,25 +45,17 @@ class TopK(Selector):
             )
 
     def _choose(self, pool: Pool) -> tuple[Int[np.ndarray, " m"], dict[str, Any]]:
-        score = pool.needs("scores", self)
-        values, positions, ids = pool.of(score.values), pool.positions(), pool.candidate_ids()
-        groups = _groups(pool, self.class_balanced, self)
-        budgets = _budgets(pool, groups, self.budget(pool), self.cutoff)
-        chosen = np.zeros(len(values), dtype=bool)
-        total_cut = 0
-        for (rows, size), budget in zip(groups, budgets, strict=True):
-            part, mine = (values, ids) if rows is None else (values[rows], _of(ids, rows))
-            cut = num_cut(size, self.cutoff)
-            skipped = cut if self.which == "hardest" else len(part) - int(budget)
-            inner, _ = cut_hardest(part, score.hard, skipped, self.seed, mine)
-            outer, _ = cut_hardest(part, score.hard, skipped + int(budget), self.seed, mine)
-            chosen[slice(None) if rows is None else rows] = outer & ~inner
-            total_cut += cut
-        return positions[chosen], {"seed": self.seed, "cut": total_cut}
-
-
-def _of(ids: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
-    return rows if ids is None else ids[rows]
+        hardness = pool.needs("scores", self).hardness()
+        competing = groups(pool, self.seed, self.class_balanced, self)
+        cuts = np.array([min(num_cut(g.size, self.cutoff), len(g.positions)) for g in competing])
+        chosen = []
+        for group, cut, quota in zip(
+            competing, cuts, group_quotas(competing, self.budget(pool), cuts), strict=True
+        ):
+            ranked = group.positions[np.argsort(-hardness[group.positions], kind="stable")]
+            start = cut if self.which == "hardest" else len(ranked) - quota
+            chosen.append(ranked[start : start + quota])
+        return np.sort(np.concatenate(chosen)), {"seed": self.seed, "cut": int(cuts.sum())}
 
 
 @dataclass(kw_only=True)
@@ -78,40 +69,7 @@ class RandomSelector(Selector):
     class_balanced: bool = False
 
     def _choose(self, pool: Pool) -> tuple[Int[np.ndarray, " m"], dict[str, Any]]:
-        positions = pool.positions()
-        strata = np.zeros(len(positions), dtype=np.uint8)
-        budgets = np.array([self.budget(pool)])
-        if self.class_balanced:
-            groups = _groups(pool, True, self)
-            strata = np.empty(len(positions), dtype=np.int32)
-            for number, (rows, _) in enumerate(groups):
-                strata[rows] = number
-            budgets = _budgets(pool, groups, self.budget(pool), 0.0)
-        rows = draw(strata, budgets, self.seed, pool.candidate_ids())
-        return positions[rows], {"seed": self.seed}
-
-
-def _groups(
-    pool: Pool, class_balanced: bool, asker: Selector
-) -> list[tuple[Int[np.ndarray, " r"] | None, int]]:
-    """Rows of the candidates that compete with each other, and the size of their full group."""
-    if not class_balanced:
-        return [(None, pool.num_samples)]
-    labels = pool.needs("labels", asker)
-    own = pool.of(labels)
-    return [
-        (np.flatnonzero(own == c), int(np.count_nonzero(labels == c))) for c in np.unique(labels)
-    ]
-
-
-def _budgets(
-    pool: Pool, groups: list[tuple[Any, int]], total: int, cutoff: float
-) -> Int[np.ndarray, " g"]:
-    sizes = np.array([size for _, size in groups])
-    left = np.array(
-        [
-            (len(pool.positions()) if rows is None else len(rows)) - num_cut(size, cutoff)
-            for rows, size in groups
-        ]
-    )
-    return class_quotas(sizes, np.maximum(left, 0), total)
+        competing = groups(pool, self.seed, self.class_balanced, self)
+        quotas = group_quotas(competing, self.budget(pool))
+        chosen = [g.positions[:quota] for g, quota in zip(competing, quotas, strict=True)]
+        return np.sort(np.concatenate(chosen)), {"seed": self.seed}

@@ -4,12 +4,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tests.helpers.ddp import run_ddp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlkit.coresets import DynamicsRecorder, IndexedDataset, IndexedStepMixin, TrainingDynamics
 from mlkit.errors import InvalidValueError, RunError
+from tests.helpers.ddp import run_ddp
 
 SIZE, CLASSES = 22, 3
 

@@ -147,7 +147,9 @@ def test_same_seed_same_set_and_other_seed_other_set():
 @pytest.mark.parametrize("num_samples", [1, 2, 49, 50, 51])
 def test_nothing_pruned_keeps_everything(num_samples):
     scores = np.linspace(-1, 1, num_samples, dtype=np.float32)
-    assert CCS(prune_rate=0.0).select(scores, hard="low").indices.tolist() == list(range(num_samples))
+    assert CCS(prune_rate=0.0).select(scores, hard="low").indices.tolist() == list(
+        range(num_samples)
+    )
 
 
 def test_constant_scores_are_one_stratum_drawn_at_random():
