@@ -27,10 +27,11 @@ test: $(STAMP)  ## the default tests
 test-all: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu and not flower and not vllm"
 
-check: $(STAMP)  ## lint, types, docs
+check: $(STAMP)  ## lint, types (static, and of tensors while tests run), docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/coresets --jaxtyping-packages=mlkit.coresets,beartype.beartype -k "not bad"
 	$(BIN)/mkdocs build --strict --quiet --site-dir site
 
 format: $(STAMP)  ## rewrite the sources in the house's format

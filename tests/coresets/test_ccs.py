@@ -264,6 +264,8 @@ def test_bad_inputs():
         selector.select(iter([1.0]), hard="low")
     with pytest.raises(InvalidValueError, match="hard must be 'low' or 'high'"):
         selector.select(scores, hard="hardest")
+    with pytest.raises(InvalidValueError, match="unseen must be"):
+        selector.select(scores, hard="low", unseen="ignore")
 
 
 def test_examples_never_visited():
@@ -282,8 +284,6 @@ def test_examples_never_visited():
     assert not {0, 1} & set(easy.indices.tolist())
     with pytest.raises(InvalidValueError, match="only 8 of 10 are left"):
         CCS(prune_rate=0.1).select(score, unseen="drop")
-    with pytest.raises(InvalidValueError, match="unseen must be"):
-        selector.select(score, unseen="ignore")
 
 
 def test_report_explains_the_choice(tmp_path):

@@ -147,7 +147,7 @@ def test_sampler_resumes():
     assert list(other) == list(first)
 
 
-def test_sampler_refuses():
+def test_bad_samplers():
     with pytest.raises(InvalidTypeError, match="pass CCS or Stratified, got RandomSelector"):
         CoverageCentricSampler(SCORES, RandomSelector(prune_rate=0.5), hard="high")
     with pytest.raises(InvalidTypeError, match="got TopK"):

@@ -70,7 +70,7 @@ def test_mean_of_runs():
         ScoreTable.mean([])
 
 
-def test_mistakes_are_named():
+def test_bad_tables():
     with pytest.raises(InvalidValueError, match="no score 'amu' here; did you mean 'aum'"):
         _table()["amu"]
     with pytest.raises(InvalidValueError, match="columns of one length"):
