@@ -32,7 +32,7 @@ check: $(STAMP)  ## lint, types (static, and of tensors while tests run), docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/coresets --jaxtyping-packages=mlkit.coresets,beartype.beartype -k "not bad"
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	$(BIN)/mkdocs build --strict --site-dir site
 
 format: $(STAMP)  ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .

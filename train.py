@@ -9,10 +9,10 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlkit.cli import explain, prepare
+from mlkit.cli import explain, prepare, short_name
 from mlkit.errors import MlkitError
 from mlkit.run import train
 
@@ -27,6 +27,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    OmegaConf.register_new_resolver("short_name", short_name)
     try:
         sys.argv[1:] = prepare(sys.argv[1:], CONF)
         main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import traceback
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mlkit.errors import MlkitError, nearest
-from mlkit.run import newest_unfinished
+from mlkit.run_directory import newest_unfinished
 
-__all__ = ["explain", "prepare"]
+__all__ = ["explain", "prepare", "short_name"]
 
 
 def prepare(arguments: Sequence[str], conf: Path) -> list[str]:
@@ -32,9 +33,9 @@ def prepare(arguments: Sequence[str], conf: Path) -> list[str]:
     if {"--help", "-h"} & set(arguments) and not _choice(arguments, "recipe"):
         first = min(path.stem for path in (conf / "recipe").glob("*.yaml"))
         return [*arguments, f"recipe={first}"]
-    if "ckpt_path=auto" not in arguments or any(
-        a.startswith(("hydra.run.dir=", "-")) for a in arguments
-    ):
+    is_wanted = any(re.fullmatch(r"\+{0,2}ckpt_path=auto", a) for a in arguments)
+    is_settled = any(a.startswith("hydra.run.dir=") for a in arguments)
+    if not is_wanted or is_settled or {"-m", "--multirun"} & set(arguments):
         return list(arguments)
     cfg = _compose(conf, arguments)
     found = newest_unfinished(Path(cfg.paths.output_root) / _choice(arguments, "recipe"), cfg)
@@ -97,7 +98,7 @@ def _hint_key(key: str, arguments: Sequence[str], conf: Path) -> str:
     """Which keys exist where a misspelt one was looked for."""
     kept = [a for a in arguments if not re.match(rf"[+~]*{re.escape(key)}(@|=|$)", a)]
     try:
-        cfg = _compose(conf, [a for a in kept if "=" in a and not a.startswith(("hydra", "-"))])
+        cfg = _compose(conf, kept)
     except (HydraException, OmegaConfBaseException):
         return "known keys: python train.py --cfg job"
     path = key.split(".")
@@ -119,6 +120,25 @@ def _choice(arguments: Sequence[str], group: str) -> str:
 
 
 def _compose(conf: Path, arguments: Sequence[str]) -> DictConfig:
+    """Compose as Hydra's command line would; of its flags only --config-dir matters here."""
+    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and a[0] != "-")]
+    folders = re.findall(r"(?:--config-dir|-cd)[= ](\S+)", " ".join(arguments))
+    if folders:
+        paths = ",".join(f"file://{Path(folder).absolute()}" for folder in folders)
+        overrides.append(f"hydra.searchpath=[{paths}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
-        return compose("train", overrides=list(arguments))
+        return compose("train", overrides=overrides)
+
+
+def short_name(overrides: str, limit: int = 120) -> str:
+    """A folder name for a job of a sweep: its overrides, or a part and a hash where too long.
+
+    Example:
+        >>> short_name("seed=1"), short_name("data.root=/a")
+        ('seed=1', 'data.root=_a-7d0f75')
+    """
+    name = overrides.replace("/", "_")
+    if name == overrides and len(name) <= limit:
+        return name
+    return f"{name[:limit]}-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"

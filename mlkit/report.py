@@ -16,12 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlkit.errors import InvalidValueError
+from mlkit.errors import InvalidValueError, RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "RunContext", "Table", "is_global_zero", "paired_interval", "write_json"]
+__all__ = [
+    "Report",
+    "RunContext",
+    "Table",
+    "is_global_zero",
+    "paired_interval",
+    "read_json",
+    "write_json",
+]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +61,18 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises:
+        RunError: If it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it to compute it again") from error
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -198,7 +218,7 @@ class RunContext:
         # Read once: the processes of a distributed run must agree on what is left to do.
         units = self.directory / "units"
         self._finished = {
-            path.relative_to(units).with_suffix("").as_posix(): json.loads(path.read_text())
+            path.relative_to(units).with_suffix("").as_posix(): read_json(path)
             for path in sorted(units.rglob("*.json"))
         }
         if self._finished:

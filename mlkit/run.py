@@ -5,16 +5,10 @@ Imports no torch. The order matters: what can be refused without loading anythin
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +17,19 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import mlkit
-from mlkit.errors import InvalidValueError, MlkitError, RunError, nearest
-from mlkit.report import Report, RunContext, is_global_zero, write_json
+from mlkit.errors import InvalidValueError, MlkitError, nearest
+from mlkit.report import Report, RunContext, is_global_zero, read_json
+from mlkit.run_directory import (
+    close_run,
+    finished_metrics,
+    open_run,
+    read_state,
+    release_run,
+)
 
-__all__ = ["config_identity", "newest_unfinished", "train"]
+__all__ = ["build", "train"]
 
 log = logging.getLogger(__name__)
-
-_NOT_IDENTITY = ("paths", "logger", "ckpt_path", "optimized_metric", "trainer.profiler")
-"""Keys that say where and how a run reports, not what it computes."""
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -55,20 +52,35 @@ def train(cfg: DictConfig) -> float | None:
     settings = build(cfg[system])
     parts = {"data": build(cfg.data)}
     parts["data"].check_files()
-    metrics = _finished_metrics(directory, cfg)
+    metrics = finished_metrics(directory, cfg)
     if metrics is None:
-        _open(directory, cfg, system)
-        report = _run(cfg, directory, settings, parts)
+        before = read_state(directory)
+        open_run(directory, cfg, system)
+        try:
+            report = _run(cfg, directory, settings, parts)
+            if is_global_zero():
+                _publish(report, directory, before)
+        finally:
+            release_run(directory)
         metrics = report.metrics
-        if is_global_zero():
-            report.write(directory)
-            _set_status(directory, "finished")
-            report.show()
-            print(f"\nrun directory: {directory}")
     else:
         log.info("%s is finished already; delete it to run again", directory)
         print((directory / "report.md").read_text())
     return _optimized(cfg.get("optimized_metric"), metrics)
+
+
+def _publish(report: Report, directory: Path, before: Mapping[str, Any] | None) -> None:
+    """Write the report, unless an earlier stage was asked for of a run that went further."""
+    written = directory / "metrics.json"
+    is_finished = before is not None and before["status"] == "finished" and written.is_file()
+    if is_finished and set(report.metrics) < set(read_json(written)):
+        close_run(directory, before)
+        print(f"{directory} holds a later stage of this run already; its report stays")
+        return
+    report.write(directory)
+    close_run(directory)
+    report.show()
+    print(f"\nrun directory: {directory}")
 
 
 def build(node: DictConfig) -> Any:
@@ -100,6 +112,11 @@ def _run(cfg: DictConfig, directory: Path, settings: Any, parts: Mapping[str, An
         for logger in context.loggers:
             logger.log_metrics(report.metrics)
         status = "success"
+    except MlkitError:
+        log.exception(
+            "the run failed; fixed, the same command with hydra.run.dir=%s goes on", directory
+        )
+        raise
     except KeyboardInterrupt:
         log.warning("interrupted; to go on, give the same command with hydra.run.dir=%s", directory)
         raise
@@ -119,136 +136,6 @@ def _open_loggers(cfg: DictConfig) -> list[Any]:
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     return loggers
-
-
-# --------------------------------------------------------------------------- run directory
-
-
-def config_identity(cfg: DictConfig) -> dict[str, Any]:
-    """What a configuration computes, as plain data: two runs with the same one are the same run."""
-    content = copy.deepcopy(cfg)
-    OmegaConf.set_readonly(content, False)
-    OmegaConf.set_struct(content, False)
-    for key in _NOT_IDENTITY:
-        if key != "paths":  # others refer to it
-            parent, _, name = key.rpartition(".")
-            node = OmegaConf.select(content, parent) if parent else content
-            if isinstance(node, DictConfig):
-                node.pop(name, None)
-    plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    kept = {str(k): v for k, v in plain.items() if k != "paths"}
-    for value in kept.values():
-        if isinstance(value, dict):
-            value.pop("stage", None)
-    return kept
-
-
-def _hash(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_state(directory: Path) -> dict[str, Any] | None:
-    path = directory / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _finished_metrics(directory: Path, cfg: DictConfig) -> dict[str, float] | None:
-    """Metrics of a finished run in `directory`, None if there is work to do.
-
-    Raises:
-        RunError: If the directory belongs to a run with another configuration.
-    """
-    state = _read_state(directory)
-    if state is None:
-        return None
-    identity = config_identity(cfg)
-    if state["config_hash"] != _hash(identity):
-        raise RunError(
-            f"{directory} holds a run with another configuration (differs in "
-            f"{', '.join(_differences(state['identity'], identity)) or 'nothing visible'}); choose "
-            "another hydra.run.dir, or repeat the first run's overrides to resume it"
-        )
-    stage = {k: v.get("stage") for k, v in OmegaConf.to_container(cfg).items() if _has_stage(v)}  # type: ignore[union-attr]
-    if state["status"] != "finished" or state.get("stage") != stage:
-        return None
-    return json.loads((directory / "metrics.json").read_text())
-
-
-def _has_stage(value: Any) -> bool:
-    return isinstance(value, dict) and "stage" in value
-
-
-def _differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(first, dict) and isinstance(second, dict)):
-        return [] if first == second else [prefix.rstrip(".")]
-    keys = sorted({*first, *second})
-    missing = object()
-    return [
-        key
-        for k in keys
-        for key in _differences(first.get(k, missing), second.get(k, missing), f"{prefix}{k}.")
-    ]
-
-
-def _open(directory: Path, cfg: DictConfig, system: str) -> None:
-    """Mark the directory as this run's; refuse one that cannot be written."""
-    if not is_global_zero():
-        return
-    plain = OmegaConf.to_container(cfg)
-    assert isinstance(plain, dict)
-    identity = config_identity(cfg)
-    state = {
-        "status": "running",
-        "recipe": system,
-        "stage": {k: v.get("stage") for k, v in plain.items() if _has_stage(v)},
-        "config_hash": _hash(identity),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "mlkit": mlkit.__version__,
-        "python": platform.python_version(),
-        "git": _git_state(),
-        "identity": identity,
-    }
-    try:
-        write_json(directory / "run.json", state)
-        OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the run directory {directory}: {error.strerror}; choose another with "
-            "hydra.run.dir=... or paths.output_root=..."
-        ) from error
-
-
-def _set_status(directory: Path, status: str) -> None:
-    state = _read_state(directory) or {}
-    write_json(directory / "run.json", {**state, "status": status})
-
-
-def _git_state() -> dict[str, Any]:
-    """Commit of the clone the run started from, and whether it had been changed."""
-
-    def git(*arguments: str) -> str:
-        root = Path(__file__).resolve().parent.parent
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except FileNotFoundError:
-        return {}
-
-
-def newest_unfinished(root: Path, cfg: DictConfig) -> Path | None:
-    """The newest unfinished run directory below `root` with the configuration `cfg`."""
-    wanted = _hash(config_identity(cfg))
-    found = []
-    for path in root.glob("*/run.json"):
-        state = _read_state(path.parent) or {}
-        if state.get("status") == "running" and state.get("config_hash") == wanted:
-            found.append((state["started"], path.parent))
-    return max(found)[1] if found else None
 
 
 def _optimized(name: str | None, metrics: Mapping[str, float]) -> float | None:

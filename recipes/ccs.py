@@ -21,7 +21,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import Progress
@@ -35,6 +34,7 @@ from mlkit.coresets import (
     TrainingDynamics,
     coverage_auc,
 )
+from mlkit.coresets.counts import num_selected
 from mlkit.coresets.dynamics import FINAL_SCORES
 from mlkit.coresets.settings import CCSSettings
 from mlkit.data import ClassificationDataModule, DataSpec
@@ -45,8 +45,6 @@ from mlkit.report import Report, RunContext, is_global_zero
 from recipes.ccs_report import FULL, add_tables, add_verdict, figure, mean, record
 
 __all__ = ["CCS"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,12 @@ class CCS:
         total = len(seeds) + (len(fits) if self.settings.stage == "train" else 0)
         warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", append=False)
-        with Progress(transient=True, disable=not is_global_zero()) as progress:
+        hidden = not is_global_zero() or self.trainer.get("enable_progress_bar", False)
+        with Progress(transient=True, disable=hidden) as progress:
             bar = progress.add_task("ccs", total=total)
             for seed in seeds:
                 progress.update(bar, description=f"seed {seed}: scoring")
-                datamodule = self.data.build(seed)
-                datamodule.setup()
+                datamodule = self._prepare(seed)
                 self._score(run, datamodule, seed)
                 progress.advance(bar)
                 if self.settings.stage == "score":
@@ -124,6 +122,20 @@ class CCS:
                         self._train(run, fit, datamodule, selection)
                         progress.advance(bar)
         return self._report(run, seeds, fits)
+
+    def _prepare(self, seed: int) -> ClassificationDataModule:
+        """Load the data of a seed; refuse a pruning rate that would leave nothing."""
+        datamodule = self.data.build(seed)
+        if is_global_zero():
+            datamodule.prepare_data()
+        datamodule.setup()
+        size = len(datamodule.pool_labels)
+        for rate in self.settings.prune_rates:
+            if num_selected(size, rate) == 0:
+                raise InvalidValueError(
+                    f"ccs.prune_rate={rate} leaves none of the {size} training examples; lower it"
+                )
+        return datamodule
 
     def _fits(self, seeds: range) -> Iterator[Fit]:
         for seed in seeds:
@@ -139,34 +151,53 @@ class CCS:
         folder = run.directory / "scores"
 
         def fit() -> dict[str, float]:
-            wanted = dict.fromkeys(["aum", self.settings.score, "confidence"])
-            pool = datamodule.part("pool")
-            dynamics = TrainingDynamics(
-                list(wanted),
-                len(pool),  # type: ignore[arg-type]
-                eval_dataloader=(
-                    datamodule.loader(pool, shuffle=False)
-                    if not wanted.keys().isdisjoint(FINAL_SCORES)
-                    else None
-                ),
-                **self.settings.dynamics,
-            )
-            extra: list[L.Callback] = [] if self.settings.scores_path else [dynamics]
+            given = self._given_scores(datamodule, seed)
+            dynamics = self._dynamics(datamodule)
+            extra: list[L.Callback] = [dynamics] if given is None else []
             model = self._fit(
                 run, f"{FULL}/0/seed{seed}", datamodule.part("train"), datamodule, seed, extra
             )
             if is_global_zero():
-                table = (
-                    ScoreTable.load(self.settings.scores_path)
-                    if self.settings.scores_path
-                    else dynamics.compute()
-                )
+                table = dynamics.compute() if given is None else given
                 table.save(folder / f"seed{seed}.safetensors")
                 self._save_features(folder / f"features-seed{seed}.safetensors", model, datamodule)
-            _barrier()
             return self._measure(model, datamodule)
 
         run.unit(f"{FULL}/0/seed{seed}", fit)
+
+    def _dynamics(self, datamodule: ClassificationDataModule) -> TrainingDynamics:
+        pool, wanted = datamodule.part("pool"), self.settings.recorded
+        is_final = not set(FINAL_SCORES).isdisjoint(wanted)
+        return TrainingDynamics(
+            wanted,
+            len(pool),  # type: ignore[arg-type]
+            eval_dataloader=datamodule.loader(pool, shuffle=False) if is_final else None,
+            **self.settings.dynamics,
+        )
+
+    def _given_scores(self, datamodule: ClassificationDataModule, seed: int) -> ScoreTable | None:
+        """The table of `ccs.scores_path`, if it was made for this training pool.
+
+        Raises:
+            InvalidValueError: If its rows or labels are others.
+        """
+        if self.settings.scores_path is None:
+            return None
+        path = self.settings.scores_path.replace("{seed}", str(seed))
+        table = ScoreTable.load(path)
+        labels = datamodule.pool_labels.numpy()
+        if table.num_samples != len(labels):
+            raise InvalidValueError(
+                f"{path} scores {table.num_samples} examples and the training pool of seed {seed} "
+                f"has {len(labels)}; score the same data, split and seed"
+            )
+        targets = labels if table.targets is None else table.targets
+        if ((targets >= 0) & (targets != labels)).any():
+            raise InvalidValueError(
+                f"the labels in {path} are not those of the training pool of seed {seed}: its rows "
+                "are other examples; score the same data, split and seed"
+            )
+        return table
 
     def _save_features(
         self, path: Path, model: L.LightningModule, datamodule: ClassificationDataModule
@@ -201,19 +232,20 @@ class CCS:
         path = run.directory / "selections" / f"{fit.key}.safetensors"
 
         def select() -> dict[str, Any]:
-            selector = self.settings.selector(fit.method, fit.rate, fit.cutoff, fit.seed)
+            settings = self.settings
+            selector = settings.selector(fit.method, fit.rate, fit.cutoff, fit.seed)
+            cut_by = settings.cutoff_score
             selection = selector.select(
-                table[self.settings.score],
-                cutoff_scores=table.get("aum"),
+                table[settings.score_of(fit.method)],
+                cutoff_scores=table[cut_by] if cut_by else None,
                 labels=datamodule.pool_labels,
                 features=features["pool"],
                 confidence=table.get("confidence"),
-                unseen=self.settings.unseen,
+                unseen=settings.unseen,
             )
             noisy = (datamodule.pool_labels != datamodule.clean_labels).numpy()
             if is_global_zero():
                 selection.save(path)
-            _barrier()
             auc = coverage_auc(features["pool"], selection, eval_features=features["test"])
             return {
                 "num_selected": len(selection),
@@ -337,9 +369,3 @@ class CCS:
             "cutoff": "chosen per pruning rate by mean validation accuracy over the seeds",
             "seconds": f"{seconds:.0f} in all units",
         }
-
-
-def _barrier() -> None:
-    """Let the other processes of a distributed run see what rank 0 wrote."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

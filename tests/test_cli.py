@@ -5,7 +5,8 @@ import re
 
 import pytest
 import yaml
-from tests.helpers.runs import CONF, ROOT, run_python
+
+from tests.helpers.runs import CONF, ROOT, is_installed, run_python
 
 TRAIN = """
 import json, runpy, sys
@@ -19,7 +20,7 @@ finally:
 
 
 class Answer:
-    """What a command said: `code`, `out`, the error text `err`, and the heavy packages it loaded."""
+    """What a command said: `code`, `out`, `err`, and the heavy packages it loaded."""
 
     def __init__(self, *arguments, cwd):
         done = run_python("-c", TRAIN, str(ROOT / "train.py"), *arguments, cwd=cwd)
@@ -106,22 +107,45 @@ MISTAKES = {
     ),
     "label noise": (
         ["recipe=ccs", "data.label_noise=2"],
-        [r"data\.label_noise must be in \[0, 1\], got 2"],
+        [r"data\.label_noise must be a number in \[0, 1\], got 2"],
     ),
     "validation share": (
         ["recipe=ccs", "data.val_fraction=1"],
-        [r"data\.val_fraction must be in \[0, 1\), got 1"],
+        [r"data\.val_fraction must be a number in \[0, 1\), got 1"],
     ),
     "stage": (["recipe=ccs", "ccs.stage=scor"], [r"ccs\.stage 'scor'", "did you mean 'score'"]),
-    "score": (["recipe=ccs", "ccs.score=aun"], [r"ccs\.score 'aun'", "did you mean 'aum'"]),
+    "score": (
+        ["recipe=ccs", "ccs.score=aun"],
+        ["no score 'aun' is recorded", "did you mean 'aum'"],
+    ),
     "cutoffs above every rate": (
         ["recipe=ccs", "ccs.cutoffs=[0.99]"],
         [r"no cutoff to search at prune_rate=0\.7", r"ccs\.cutoffs=\[0\.99\]"],
     ),
-    "no steps": (["recipe=ccs", "ccs.max_steps=0"], [r"ccs\.max_steps must be at least 1, got 0"]),
+    "no steps": (
+        ["recipe=ccs", "ccs.max_steps=0"],
+        [r"ccs\.max_steps must be an integer above 0, got 0"],
+    ),
     "absent scores": (
-        ["recipe=ccs", "ccs.scores_path=absent.safetensors"],
+        ["recipe=ccs", "ccs.scores_path=absent.safetensors", "ccs.num_seeds=1"],
         ["absent.safetensors is not a file"],
+    ),
+    "one table for several seeds": (
+        ["recipe=ccs", "ccs.scores_path=absent.safetensors"],
+        [r"put \{seed\} into the path", r"ccs\.num_seeds=1"],
+    ),
+    "rate twice": (["recipe=ccs", "ccs.prune_rate=[0.9,0.9]"], ["names a rate twice"]),
+    "rate that is no number": (
+        ["recipe=ccs", "ccs.prune_rate=abc"],
+        [r"ccs\.prune_rate must be a number in \[0, 1\), got 'abc'"],
+    ),
+    "score that no run records": (
+        ["recipe=ccs", "ccs.score=cal"],
+        ["no score 'cal' is recorded", "known: .*aum"],
+    ),
+    "batch size that is no number": (
+        ["recipe=ccs", "data.batch_size=abc"],
+        [r"data\.batch_size must be an integer of at least 1, got 'abc'"],
     ),
     "checkpoint path": (
         ["recipe=ccs", "ckpt_path=last.ckpt"],
@@ -169,11 +193,30 @@ def test_unwritable_run_directory_is_one_clear_error(ask, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_failure_inside_a_run_keeps_its_traceback(ask):
-    answer = ask("recipe=ccs", "debug=smoke", "data.train._target_=builtins.abs")
+@pytest.mark.parametrize(
+    ("override", "module", "extra"),
+    [
+        ("launcher=joblib", "hydra_plugins.hydra_joblib_launcher", "sweeps"),
+        ("launcher=slurm", "hydra_plugins.hydra_submitit_launcher", "sweeps"),
+        ("hparams_search=ccs", "hydra_plugins.hydra_optuna_sweeper", "sweeps"),
+        ("launcher=ray", "hydra_plugins.hydra_ray_launcher", "ray"),
+    ],
+)
+def test_absent_plugin_names_its_extra(ask, override, module, extra):
+    if is_installed(module):
+        pytest.skip(f"{module} is installed")
+    answer = ask("-m", "recipe=ccs", override)
     assert answer.code != 0
-    assert "Traceback" in answer.err
-    assert "builtins.abs" in answer.err
+    assert f"pip install 'mlkit-torch[{extra}]'" in answer.message
+    assert answer.heavy == []
+
+
+def test_failure_of_a_users_class_keeps_its_traceback(ask):
+    answer = ask("recipe=ccs", "data._target_=os.path.join")
+    assert answer.code != 0
+    assert "Traceback" in answer.message
+    assert "os.path.join" in answer.message or "posixpath.join" in answer.message
+    assert "full_key: data" in answer.message
 
 
 def test_explain_does_not_swallow_other_errors():
@@ -181,5 +224,3 @@ def test_explain_does_not_swallow_other_errors():
 
     with pytest.raises(ZeroDivisionError):
         explain(ZeroDivisionError("boom"), [], CONF)
-
-

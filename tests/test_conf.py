@@ -1,17 +1,16 @@
 """Every configuration composes and names things that exist; every experiment runs one step."""
 
-import importlib.util
 import re
 import shlex
 
 import pytest
 from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
-from tests.helpers.data import fixture_overrides
-from tests.helpers.runs import CONF, compose_job, run_here
 
 from mlkit.cli import prepare
 from mlkit.run import build
+from tests.helpers.data import fixture_overrides
+from tests.helpers.runs import CONF, compose_job, is_installed, run_here
 
 ONE_STEP = {
     "ccs": [
@@ -24,6 +23,16 @@ ONE_STEP = {
     ]
 }
 """Per recipe, what makes any of its experiments a matter of seconds. A new recipe adds a line."""
+
+CUSTOM = [
+    "data.train._target_=mlkit.data.digits.digits",
+    "+data.train.split=train",
+    "data.test._target_=mlkit.data.digits.digits",
+    "+data.test.split=test",
+    "data.input_shape=[1,8,8]",
+    "data.num_classes=10",
+]
+"""What data=custom leaves to the user."""
 
 PLUGINS = {
     "launcher": {
@@ -48,13 +57,7 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "reci
 def skip_without_plugin(group: str, option: str) -> None:
     wanted = PLUGINS.get(group, {})
     module = wanted.get(option, wanted.get("*"))
-    if module is None:
-        return
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if module is not None and not is_installed(module):
         pytest.skip(f"{group}={option} needs {module}: pip install 'mlkit-torch[sweeps]' (or ray)")
 
 
@@ -96,12 +99,21 @@ def check(cfg: DictConfig) -> None:
 @pytest.mark.parametrize("data", options("data"))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes_with_data(recipe, data, tmp_path):
-    with compose_job(tmp_path, f"recipe={recipe}", f"data={data}") as cfg:
+    own = CUSTOM if data == "custom" else []
+    with compose_job(tmp_path, f"recipe={recipe}", f"data={data}", *own) as cfg:
         check(cfg)
         assert cfg.data.name == data
         assert cfg.model.net.num_classes == cfg.data.num_classes
         if "input_shape" in cfg.model.net:
             assert cfg.model.net.input_shape == cfg.data.input_shape
+
+
+@pytest.mark.filterwarnings("ignore:.*of the examples share one of")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_data_set_by_target_runs(recipe, tmp_path):
+    short = [*ONE_STEP[recipe], "data.batch_size=200", "data.num_workers=0"]
+    done = run_here(tmp_path, f"recipe={recipe}", "data=custom", *CUSTOM, *short)
+    assert done.metrics
 
 
 @pytest.mark.parametrize(
@@ -120,7 +132,9 @@ def test_recipe_is_first_in_its_own_command(recipe, tmp_path):
         check(cfg)
 
 
-@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+@pytest.mark.parametrize(
+    "path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF))
+)
 def test_commands_in_comments_compose(path, tmp_path):
     text = "\n".join(line for line in path.read_text().splitlines() if "#" in line)
     commands = re.findall(r"python train\.py ([^#\n;]*?)(?:   +|[;#]|$)", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Report and RunContext: what a run directory holds is whole, finite, and written by one process."""
+"""Report and RunContext: a run directory is whole, finite, and written by one process."""
 
 import json
 import math
@@ -236,7 +236,9 @@ def read_what_rank_zero_wrote(rank, world_size, folder):
 
     run = RunContext(Path(folder))
     run.unit("score", compute)
-    return (Path(folder) / "scores.txt").read_text(), (Path(folder) / "units/score.json").read_text()
+    return (Path(folder) / "scores.txt").read_text(), (
+        Path(folder) / "units/score.json"
+    ).read_text()
 
 
 def test_files_of_a_unit_are_there_for_every_rank_after_it(tmp_path):

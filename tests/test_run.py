@@ -1,15 +1,16 @@
-"""Whole runs: what they leave, and that interrupted, repeated, staged and distributed ones agree."""
+"""Whole runs: what they leave; interrupted, repeated, staged and distributed ones agree."""
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from tests.helpers.runs import Run, kill_when, run_here, run_train
 
+from mlkit.cli import prepare
 from mlkit.coresets import ScoreTable
 from mlkit.errors import InvalidValueError, RunError
+from tests.helpers.interrupt import InterruptedFitError
+from tests.helpers.runs import CONF, Run, kill_when, run_here, run_train
 
 METHODS, RATES = ("random", "hardest", "ccs"), ("0.7", "0.9", "0.95")
 SMOKE = ("recipe=ccs", "debug=smoke")
@@ -179,41 +180,53 @@ def killed(tmp_path_factory):
     return root
 
 
-def test_killed_run_resumes_without_repeating_finished_units(smoke, killed, tmp_path):
+def test_killed_run_is_found_and_resumed_without_repeating_finished_units(smoke, killed):
     (interrupted,) = (killed / "ccs").iterdir()
-    copy = shutil.copytree(interrupted, tmp_path / "run", copy_function=shutil.copy2)
-    assert not (copy / "metrics.json").exists()
-    units = {k: v for k, v in stamps(copy).items() if k.startswith("units/")}
+    assert not (interrupted / "metrics.json").exists()
+    units = {k: v for k, v in stamps(interrupted).items() if k.startswith("units/")}
     assert 0 < len(units) < len(smoke.units)
-    resumed = run_here(copy, *SMOKE)
-    assert units.items() <= stamps(copy).items()
+
+    automatic = [*SMOKE, f"paths.output_root={killed}", "ckpt_path=auto"]
+    assert prepare(automatic, CONF) == [*automatic, f"hydra.run.dir={interrupted}"]
+    resumed = run_here(interrupted, *automatic)
+    assert units.items() <= stamps(interrupted).items()
     assert resumed.metrics == smoke.metrics
     assert resumed.units == smoke.units
-    header = (copy / "csv" / "metrics.csv").read_text().splitlines()[0]
+    header = (interrupted / "csv" / "metrics.csv").read_text().splitlines()[0]
     assert all(f"{key}/seconds" in header for key in smoke.units)
 
-
-def test_ckpt_path_auto_finds_the_killed_run(smoke, killed):
-    (interrupted,) = (killed / "ccs").iterdir()
-    done = run_train(*SMOKE, f"paths.output_root={killed}", "ckpt_path=auto")
-    assert f"run directory: {interrupted}" in done.stdout
-    assert list((killed / "ccs").iterdir()) == [interrupted]
-    assert Run(interrupted).metrics == smoke.metrics
+    assert prepare(automatic, CONF) == automatic  # it is finished now
+    explicit = [*automatic, "hydra.run.dir=elsewhere"]
+    assert prepare(explicit, CONF) == explicit
 
 
 def test_ckpt_path_auto_leaves_other_configurations_and_finished_runs_alone(tmp_path):
-    from mlkit.run import newest_unfinished
+    from mlkit.run_directory import newest_unfinished
     from tests.helpers.runs import compose_job
 
     for name, status in (("older", "running"), ("newer", "running"), ("done", "finished")):
         run = run_here(tmp_path / name, *TINY, "ccs.stage=score")
-        run_json = {**run.state, "status": status, "started": {"older": "1", "newer": "2"}.get(name, "3")}
+        run_json = {
+            **run.state,
+            "status": status,
+            "started": {"older": "1", "newer": "2"}.get(name, "3"),
+        }
         (run.directory / "run.json").write_text(json.dumps(run_json))
     with compose_job(tmp_path, *TINY) as cfg:
         assert newest_unfinished(tmp_path, cfg) == tmp_path / "newer"
         cfg.seed = 7
         assert newest_unfinished(tmp_path, cfg) is None
         assert newest_unfinished(tmp_path / "absent", cfg) is None
+
+
+def assert_same_fit(first: Run, second: Run) -> None:
+    assert first.metrics == second.metrics
+    tables = [
+        ScoreTable.load(r.directory / "scores" / "seed0.safetensors") for r in (first, second)
+    ]
+    assert (tables[0].visits == tables[1].visits).all()
+    for name in ("aum", "confidence"):
+        assert (tables[0][name].values == tables[1][name].values).all()
 
 
 def test_fit_killed_in_the_middle_goes_on_from_its_checkpoint(tmp_path):
@@ -231,10 +244,39 @@ def test_fit_killed_in_the_middle_goes_on_from_its_checkpoint(tmp_path):
     written = checkpoint.stat().st_mtime_ns
     resumed, whole = run_here(killed, *overrides), run_here(tmp_path / "whole", *overrides)
     assert checkpoint.stat().st_mtime_ns > written
-    assert resumed.metrics == whole.metrics
-    tables = [ScoreTable.load(r.directory / "scores" / "seed0.safetensors") for r in (resumed, whole)]
-    for name in ("aum", "confidence"):
-        assert (tables[0][name].values == tables[1][name].values).all()
+    assert_same_fit(resumed, whole)
+
+
+STEPS_OF_AN_EPOCH = 5  # 1,213 examples in batches of 256
+CHECKPOINTS = (
+    *SMOKE,
+    "ccs.stage=score",
+    "ccs.max_steps=12",
+    "data.batch_size=256",
+    "callbacks=checkpoint",
+    "callbacks.checkpoint.every_n_train_steps=1",
+    "+callbacks.interrupt._target_=tests.helpers.interrupt.InterruptAt",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_here(tmp_path_factory.mktemp("uninterrupted"), *CHECKPOINTS)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [1, STEPS_OF_AN_EPOCH - 1, STEPS_OF_AN_EPOCH, STEPS_OF_AN_EPOCH + 1, 2 * STEPS_OF_AN_EPOCH],
+)
+def test_fit_goes_on_from_any_step_as_if_nothing_had_happened(
+    uninterrupted, step, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLKIT_TEST_INTERRUPT", str(step))
+    with pytest.raises(InterruptedFitError, match=f"after step {step}"):
+        run_here(tmp_path, *CHECKPOINTS)
+    monkeypatch.delenv("MLKIT_TEST_INTERRUPT")
+    assert Run(tmp_path).state["status"] == "running"
+    assert_same_fit(run_here(tmp_path, *CHECKPOINTS), uninterrupted)
 
 
 # --------------------------------------------------------------------------- stages
@@ -262,7 +304,7 @@ def test_saved_scores_replace_the_scoring(tiny, tmp_path):
         assert same.read_bytes() == selection.read_bytes()
 
 
-# --------------------------------------------------------------------------- loggers, profile, debug
+# --------------------------------------------------------------------------- loggers, profile
 
 
 def test_tensorboard_leaves_its_events(tmp_path):
@@ -283,8 +325,8 @@ def test_profile_is_left_in_the_run_directory(tmp_path):
 
 
 def test_sweep_logs_each_job_to_its_own_offline_wandb_run_and_skips_finished_jobs(tmp_path):
-    sweep = tmp_path / "sweep"
-    arguments = ("-m", *TINY, "ccs.stage=score", "seed=0,1", f"hydra.sweep.dir={sweep}")
+    arguments = ("-m", *TINY, "ccs.stage=score", "seed=0,1", f"paths.output_root={tmp_path}")
+    sweep = tmp_path / "ccs" / "sweep"
     # nothing listens there: a run that needs the network would fail
     offline = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_DIR": "", "WANDB_API_KEY": ""}
     run_train(*arguments, "logger=wandb", environment=offline)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import xlog1py, xlogy
 
 from mlkit.coresets.candidates import group_quotas, groups, hardness_of, in_hash_order
 from mlkit.coresets.keyed import uniform
@@ -47,6 +46,8 @@ def log_weights(
     In logarithms, since the density underflows in float64 for confident examples at small b.
     """
     p = confidence.astype(np.float64)
+    from scipy.special import xlog1py, xlogy  # a quarter of a second to import
+
     log_density = xlogy(a - 1, p) + xlog1py(b - 1, -p)  # Infinite at p = 1 if b < 1.
     positive = hardness > 0
     log_hardness = np.log(hardness.astype(np.float64), where=positive, out=np.zeros(len(p)))

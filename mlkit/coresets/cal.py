@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import xlogy
 
 from mlkit.coresets.scores import ArrayScore
 from mlkit.errors import InvalidValueError
@@ -65,6 +64,8 @@ def cal_scores(
     if count < 1:
         return ArrayScore(np.zeros(n), hard="high", name="cal")
     p = np.maximum(probs, np.finfo(probs.dtype).tiny) / totals
+    from scipy.special import xlogy  # a quarter of a second to import
+
     log_p, negative_entropy = np.log(p), xlogy(p, p).sum(axis=1)
     neighbors = NearestNeighbors(n_neighbors=count).fit(features).kneighbors(return_distance=False)
     values = negative_entropy[neighbors].mean(axis=1)

@@ -38,10 +38,13 @@ class TrainingDynamics(L.Callback):
         save_to: Write the table there when the fit ends.
         settings: Further arguments of `DynamicsRecorder`.
 
+    A resumed fit records what an uninterrupted one would where the data loader resumes too (as
+    that of `mlkit.data` does). With one that starts its epoch again, an example counts once, and
+    one that the rest of the epoch does not reach misses that visit.
+
     Example:
-        >>> dynamics = TrainingDynamics(scores=["aum", "forgetting"], num_samples=1347)
-        >>> dynamics.state_key
-        'TrainingDynamics'
+        >>> TrainingDynamics(scores=["aum", "forgetting"], num_samples=1347).recorder.num_samples
+        1347
     """
 
     def __init__(
@@ -60,7 +63,6 @@ class TrainingDynamics(L.Callback):
         self.head = head
         self.save_to = save_to
         self.recorder: DynamicsRecorder | None = None
-        self._pending: dict[str, Any] | None = None
         self._features: Tensor | None = None
         self._hook: Any = None
         DynamicsRecorder(num_samples or 1, scores, **settings)
@@ -70,7 +72,7 @@ class TrainingDynamics(L.Callback):
     @property
     def state_key(self) -> str:
         """Key of this callback in a checkpoint."""
-        return "TrainingDynamics"
+        return self._generate_state_key(scores=self._scores, **self._settings)
 
     # ------------------------------------------------------------------ hooks
 
@@ -90,10 +92,15 @@ class TrainingDynamics(L.Callback):
         """Size the record by the training data, and go on from a checkpoint if there is one."""
         if self.recorder is None:
             self.recorder = DynamicsRecorder(_dataset_size(trainer), self._scores, **self._settings)
-        if self._pending is not None:
-            self.recorder.load_state_dict(self._pending)
-            self._pending = None
         self.recorder.to(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Close an epoch whose end a checkpoint on its last batch has skipped."""
+        assert self.recorder is not None
+        while self.recorder.epoch < trainer.current_epoch:
+            self.recorder.end_epoch()
 
     def on_train_batch_end(
         self,
@@ -124,7 +131,7 @@ class TrainingDynamics(L.Callback):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @torch.no_grad()
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the pass for entropy and loss, and save the table if asked to."""
         assert self.recorder is not None
         if self._hook is not None:
@@ -137,10 +144,10 @@ class TrainingDynamics(L.Callback):
                     continue
                 batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
                 indices, rest = _split_index(batch, pl_module)
-                inputs = _inputs(rest)
-                self.recorder.record_final(
-                    indices, pl_module(inputs), _targets(None, rest, pl_module)
-                )
+                precision = trainer.precision_plugin
+                with precision.forward_context():
+                    logits = pl_module(precision.convert_input(_inputs(rest)))
+                self.recorder.record_final(indices, logits, _targets(None, rest, pl_module))
             pl_module.train(was_training)
             self.recorder.sync()
         if self.save_to is not None and trainer.is_global_zero:
@@ -159,8 +166,14 @@ class TrainingDynamics(L.Callback):
         return self.recorder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the record of a checkpoint until training starts."""
-        self._pending = state_dict or None
+        """Go on from the record of a checkpoint."""
+        if not state_dict:
+            return
+        if self.recorder is None:
+            self.recorder = DynamicsRecorder(
+                state_dict["num_samples"], self._scores, **self._settings
+            )
+        self.recorder.load_state_dict(state_dict)
 
     # --------------------------------------------------------------- features
 

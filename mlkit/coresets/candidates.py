@@ -17,7 +17,15 @@ from mlkit.coresets.keyed import keyed_hash
 from mlkit.coresets.selection import Pool
 from mlkit.errors import InvalidValueError
 
-__all__ = ["Group", "features_of", "group_quotas", "groups", "hardness_of", "in_hash_order"]
+__all__ = [
+    "Group",
+    "classes",
+    "features_of",
+    "group_quotas",
+    "groups",
+    "hardness_of",
+    "in_hash_order",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +55,26 @@ def groups(pool: Pool, seed: int, class_balanced: bool, asker: object) -> list[G
     Raises:
         InvalidValueError: If there are no labels to split by.
     """
-    order = in_hash_order(pool, seed)
     if not class_balanced:
-        return [Group(None, order, pool.num_samples)]
-    labels = pool.needs("labels", asker)
-    classes, sizes = np.unique(labels, return_counts=True)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    edges = np.searchsorted(labels[by_class], classes[1:])
+        return [Group(None, in_hash_order(pool, seed), pool.num_samples)]
     return [
-        Group(int(label), members, int(size))
-        for label, members, size in zip(classes, np.split(by_class, edges), sizes, strict=True)
+        Group(label, in_hash_order(pool.restrict(pool.positions()[rows]), seed), size)
+        for label, rows, size in classes(pool, asker)
     ]
+
+
+def classes(pool: Pool, asker: object) -> list[tuple[int, Int[np.ndarray, " r"], int]]:
+    """Label, rows among the candidates and full size of every class of the data set.
+
+    Raises:
+        InvalidValueError: If there are no labels.
+    """
+    labels = pool.needs("labels", asker)
+    everyone, sizes = np.unique(labels, return_counts=True)
+    own = pool.of(labels)
+    order = np.argsort(own, kind="stable")
+    members = np.split(order, np.searchsorted(own[order], everyone[1:]))
+    return [(int(c), m, int(n)) for c, m, n in zip(everyone, members, sizes, strict=True)]
 
 
 def group_quotas(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from mlkit.coresets.candidates import classes
 from mlkit.coresets.counts import check_fraction, num_cut
 from mlkit.coresets.mislabel import auto_cutoff
 from mlkit.coresets.scores import ArrayScore
@@ -96,13 +97,10 @@ class CCS(Stratified):
             _check_cut(count, len(values), cutoff)
             dropped, boundary = cut_hardest(values, by.hard, count, self.seed, ids)
             return dropped, {"cut": count, "cut_by": by.name, "cutoff_score": boundary}
-        labels = pool.needs("labels", self)
-        own = pool.of(labels)
         dropped = np.zeros(len(values), dtype=bool)
         boundaries: dict[str, float | None] = {}
-        for label in np.unique(labels):
-            rows = np.flatnonzero(own == label)
-            count = num_cut(int(np.count_nonzero(labels == label)), cutoff)
+        for label, rows, size in classes(pool, self):
+            count = num_cut(size, cutoff)
             _check_cut(count, len(rows), cutoff, f" of class {label}")
             mine = rows if ids is None else ids[rows]
             dropped[rows], boundaries[str(label)] = cut_hardest(

@@ -7,6 +7,7 @@ is our decision (in floats, 60,000 examples at a pruning rate of 0.9 would keep 
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from fractions import Fraction
 
@@ -20,7 +21,7 @@ __all__ = ["check_fraction", "class_quotas", "num_cut", "num_selected", "water_f
 
 def check_fraction(name: str, value: float, *, below_one: bool = False) -> None:
     """Raise unless `value` is a number in [0, 1], or in [0, 1) with `below_one`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (below_one and value == 1):
         allowed = "[0, 1)" if below_one else "[0, 1]"
         raise InvalidValueError(f"{name} must be a number in {allowed}, got {value!r}")

@@ -1,7 +1,7 @@
 """Importance scores from one ordinary training run, in streaming form.
 
 A few numbers per example are updated at every visit; no log of softmaxes is kept (for ImageNet the
-official CCS logger keeps 154 GB, this 40 MB). Definitions, with p the softmax of the example at its
+official CCS logger keeps 154 GB, this 30 MB). Definitions, with p the softmax of the example at its
 visit, y its label:
 
 - aum: mean or sum of p_y - max_{c != y} p_c (Pleiss et al. 2020, arXiv 2001.10528, in logits; the
@@ -32,19 +32,16 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mlkit.coresets.scores import ScoreTable
+from mlkit.coresets.scores import RECORDED, ScoreTable
 from mlkit.coresets.visit import Visit, repeats_earlier
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError, nearest
 
-__all__ = ["SCORES", "DynamicsRecorder"]
-
-SCORES = (
-    "aum", "forgetting", "correctness", "confidence", "variability", "el2n", "grand",
-    "dual", "dyn_unc", "tdds", "entropy", "loss",
-)  # fmt: skip
-"""Scores that a `DynamicsRecorder` can record."""
+__all__ = ["FINAL_SCORES", "DynamicsRecorder"]
 
 FINAL_SCORES = ("entropy", "loss")
+"""Scores of the trained model, from `record_final`."""
+
+_MOST = torch.iinfo(torch.int16).max
 _WINDOWED = ("dual", "dyn_unc", "tdds")
 
 
@@ -57,14 +54,14 @@ class DynamicsRecorder:
 
     Args:
         num_samples: Size of the data set; indices are 0 .. num_samples - 1.
-        scores: Which of `SCORES` to record.
+        scores: Which of `scores.RECORDED` to record.
         window: J, visits per window of dual, dyn_unc and tdds; at least 2. 10 in their papers.
         el2n_visits: First visits that el2n and grand average over. 10 in the official CCS code.
         dual_visits: First visits that dual looks at. 30 in its paper.
         tdds_decay: Weight of the newest window in tdds. 0.9 in the official code.
         space: "prob" or "logit": where aum takes its margin.
-        reduce: "mean" or "sum" of aum and el2n over visits; the ranking is the same for examples
-            visited equally often.
+        reduce: "mean" or "sum" of aum, el2n and grand over visits; the ranking is the same for
+            examples visited equally often.
         never_learned: Forgetting of an example that was never right: "max" (Toneva et al.: the
             number of epochs, above every count) or "zero" (official CCS code).
         previous_dtype: Precision of the softmax that tdds keeps per example (N x C).
@@ -100,10 +97,10 @@ class DynamicsRecorder:
         if num_samples < 1:
             raise InvalidValueError(f"num_samples must be at least 1, got {num_samples}")
         for name in scores:
-            if name not in SCORES:
-                raise InvalidValueError(f"no score {name!r}; {nearest(name, SCORES)}")
+            if name not in RECORDED:
+                raise InvalidValueError(f"no score {name!r}; {nearest(name, RECORDED)}")
         if not scores:
-            raise InvalidValueError(f"scores is empty; choose of {', '.join(SCORES)}")
+            raise InvalidValueError(f"scores is empty; choose of {', '.join(RECORDED)}")
         if window < 2 or el2n_visits < 1 or dual_visits < window:
             raise InvalidValueError(
                 "window must be at least 2, el2n_visits at least 1 and dual_visits at least "
@@ -149,7 +146,7 @@ class DynamicsRecorder:
             "visits": zeros(dtype=torch.int32),
             "seen": zeros(dtype=torch.bool),
             "touched": zeros(dtype=torch.bool),
-            "targets": zeros(dtype=torch.int32),
+            "targets": zeros(dtype=torch.int32) - 1,
         }
         if self._wants("aum"):
             state["aum"] = zeros()
@@ -171,7 +168,8 @@ class DynamicsRecorder:
         for name in FINAL_SCORES:
             if self._wants(name):
                 state[name] = torch.full((rows,), torch.nan, device=device)
-        state["repeated"] = torch.zeros((), dtype=torch.int64, device=device)
+        for name in ("repeated", "out_of_range"):
+            state[name] = torch.zeros((), dtype=torch.int64, device=device)
         self._num_classes, self._state = num_classes, state
 
     @property
@@ -214,8 +212,11 @@ class DynamicsRecorder:
         if self._wants("tdds") and visit.is_tokens:
             raise InvalidValueError("the score 'tdds' is not defined for token-level tasks")
 
+        inside = (indices >= 0) & (indices < self.num_samples)
+        state["out_of_range"] += (~inside).sum()
+        indices = torch.where(inside, indices, self.num_samples)
         fresh = ~state["seen"][indices] & ~repeats_earlier(indices)
-        state["repeated"] += (~fresh).sum()
+        state["repeated"] += (inside & ~fresh).sum()
         slot = torch.where(fresh, indices, self.num_samples)
         past = state["visits"][slot]
         self._accumulate(slot, past, visit, features)
@@ -236,9 +237,10 @@ class DynamicsRecorder:
             state["aum"].index_add_(0, slot, visit.margin)
         if "correct" in state:
             correct = visit.correct
-            state["correct"][slot] += correct
+            state["correct"][slot] += correct & (state["correct"][slot] < _MOST)
             if "forgotten" in state:
-                state["forgotten"][slot] += state["last_correct"][slot] & ~correct
+                turned = state["last_correct"][slot] & ~correct
+                state["forgotten"][slot] += turned & (state["forgotten"][slot] < _MOST)
                 state["last_correct"][slot] = correct
         if "mean" in state:
             delta = visit.confidence - state["mean"][slot]
@@ -292,6 +294,7 @@ class DynamicsRecorder:
             state["entropy"][indices] = visit.entropy
         if "loss" in state:
             state["loss"][indices] = visit.loss
+        state["targets"][indices] = visit.label.to(torch.int32)
         state["touched"][indices] = True
 
     def _check(self, indices: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -311,6 +314,18 @@ class DynamicsRecorder:
             raise InvalidValueError(
                 f"logits have {logits.shape[-1]} classes and had {self._num_classes} before"
             )
+        if logits.shape[-1] < 2:
+            raise InvalidValueError(
+                "logits need at least two classes in their last dimension, got shape "
+                f"{tuple(logits.shape)}; stack [-z, z] / 2 for one logit z"
+            )
+        if targets.device.type == "cpu" and logits.ndim == 2 and len(targets):
+            low, high = int(targets.min()), int(targets.max())
+            if low < 0 or high >= logits.shape[-1]:
+                raise InvalidValueError(
+                    f"target {low if low < 0 else high} is out of range for {logits.shape[-1]} "
+                    "classes"
+                )
         if indices.device.type == "cpu" and len(indices):
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= self.num_samples:
@@ -322,10 +337,20 @@ class DynamicsRecorder:
     # ------------------------------------------------------- epochs and ranks
 
     def end_epoch(self) -> None:
-        """Close an epoch: merge the ranks' records, then let every example be visited again."""
+        """Close an epoch: merge the ranks' records, then let every example be visited again.
+
+        Raises:
+            InvalidValueError: If an index was out of range (on an accelerator it shows here).
+        """
         self.sync()
         if self._state:
             self._state["seen"].zero_()
+            outside = int(self._state["out_of_range"])
+            if outside:
+                raise InvalidValueError(
+                    f"{outside} indices were out of range for num_samples={self.num_samples}; pass "
+                    "the size of the whole data set"
+                )
         self.epoch += 1
 
     @torch.no_grad()
@@ -346,7 +371,7 @@ class DynamicsRecorder:
         mine, anyone = owner == rank, owner < world
         state["touched"].zero_()
         for name, rows in sorted(state.items()):  # the same order on all ranks
-            if name == "repeated":
+            if rows.ndim == 0:
                 continue
             payload = rows.reshape(len(rows), -1).contiguous().view(torch.uint8)
             payload = torch.where(mine[:, None], payload, 0)

@@ -32,7 +32,7 @@ def _splitmix64(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 
 def keyed_hash(ids: Integer[np.ndarray, " n"], seed: int) -> UInt64[np.ndarray, " n"]:
     """Return splitmix64(id XOR splitmix64(seed)): distinct for distinct ids of one seed."""
-    key = _splitmix64(np.array([seed & _MASK], dtype=np.uint64))
+    key = _splitmix64(np.array([int(seed) & _MASK], dtype=np.uint64))
     return _splitmix64(ids.astype(np.uint64) ^ key)
 
 

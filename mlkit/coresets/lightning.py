@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from mlkit.coresets.dataset import CoresetSubset, IndexedItem
 from mlkit.coresets.selection import Selection
@@ -37,7 +38,7 @@ class CoresetDataModule(L.LightningDataModule):
     """Any data module, with its training data reduced to a coreset.
 
     The training dataloader keeps its batch size, workers, collate function and the like, and
-    shuffles; everything else is the inner module's.
+    shuffles (`drop_last` only where a batch is left); everything else is the inner module's.
 
     Args:
         datamodule: The data module of the full data set.
@@ -55,6 +56,7 @@ class CoresetDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Set the inner data module up."""
+        self.inner.trainer = self.trainer
         self.inner.setup(stage)
 
     def teardown(self, stage: str) -> None:
@@ -70,14 +72,20 @@ class CoresetDataModule(L.LightningDataModule):
                 f"batch_size, got {type(full).__name__}; build yours over "
                 "CoresetSubset(dataset, selection)"
             )
+        if not isinstance(full.sampler, RandomSampler | SequentialSampler):
+            raise InvalidTypeError(
+                f"the inner train_dataloader samples by {type(full.sampler).__name__}, which knows "
+                "nothing of the coreset; build your own over CoresetSubset(dataset, selection)"
+            )
+        subset = CoresetSubset(full.dataset, self.selection)
         return DataLoader(
-            CoresetSubset(full.dataset, self.selection),
+            subset,
             batch_size=full.batch_size,
             shuffle=True,
             num_workers=full.num_workers,
             collate_fn=full.collate_fn,
             pin_memory=full.pin_memory,
-            drop_last=full.drop_last,
+            drop_last=full.drop_last and len(subset) >= full.batch_size,
             timeout=full.timeout,
             worker_init_fn=full.worker_init_fn,
             generator=full.generator,
@@ -95,3 +103,25 @@ class CoresetDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """The inner prediction data."""
         return self.inner.predict_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The inner module's hook."""
+        return self.inner.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """The inner module's hook."""
+        return self.inner.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The inner module's hook."""
+        return self.inner.on_after_batch_transfer(batch, dataloader_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner module's state."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the inner module's state."""
+        self.inner.load_state_dict(state_dict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
+from mlkit.coresets.counts import check_fraction
 from mlkit.coresets.scores import ArrayScore
 from mlkit.errors import InvalidValueError
 
@@ -46,14 +47,32 @@ def mislabel_fraction(
     return float(np.mean(aum.values[others] <= threshold))
 
 
-def auto_cutoff(prune_rate: float, score: ArrayScore) -> tuple[float, str]:
+def auto_cutoff(
+    prune_rate: float,
+    score: ArrayScore,
+    *,
+    threshold_samples: Int[np.ndarray, " t"] | None = None,
+    wrong_fraction: float | None = None,
+) -> tuple[float, str]:
     """Return max(table value at `prune_rate`, estimated share of wrong labels), and why.
 
     The estimate needs AUM; for other scores the table alone decides. Never above `prune_rate`.
     Rounded to three digits, so that counts stay exact and the report readable.
+
+    Args:
+        prune_rate: alpha.
+        score: The score to cut by.
+        threshold_samples: See `mislabel_fraction`.
+        wrong_fraction: Your own estimate of the share of wrong labels, for instance from
+            cleanlab, in place of ours.
     """
     rates, cutoffs = zip(*TABLE, strict=True)
     usual = float(np.interp(prune_rate, rates, cutoffs))
-    wrong = mislabel_fraction(score) if score.name == "aum" else 0.0
+    wrong = 0.0
+    if wrong_fraction is not None:
+        check_fraction("wrong_fraction", wrong_fraction)
+        wrong = wrong_fraction
+    elif score.name == "aum":
+        wrong = mislabel_fraction(score, threshold_samples)
     chosen = round(min(max(usual, wrong), prune_rate), 3)
     return chosen, f"heuristic: table {usual:.3f}, labels that look wrong {wrong:.3f}"

@@ -50,7 +50,7 @@ class HardCutoff(Filter):
         seed: Key of the order among equal scores.
     """
 
-    cutoff: float
+    cutoff: float = field(kw_only=False)
 
     def __post_init__(self) -> None:
         check_fraction("cutoff", self.cutoff)
@@ -104,6 +104,11 @@ class Pipeline(Selector):
                 "Pipeline a prune_rate if the selector has none), got "
                 + ", ".join(type(s).__name__ for s in self.stages)
             )
+        if self.prune_rate not in (None, last.prune_rate):
+            raise InvalidValueError(
+                f"prune_rate={self.prune_rate} contradicts the last stage's {last.prune_rate}; "
+                "give one of them (a class or a partial as the last stage takes the pipeline's)"
+            )
         self.stages = [*filters, last]
         self.prune_rate, self.seed = last.prune_rate, last.seed
         super().__post_init__()
@@ -132,4 +137,5 @@ class Pipeline(Selector):
             for name, value in saved.items():
                 if name != "stage":
                     setattr(stage, name, value)
+        self.prune_rate = None
         self.__post_init__()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from mlkit.coresets.scores import ArrayScore, Hard
-from mlkit.coresets.selection import _pool
+from mlkit.coresets.scores import ArrayScore, Hard, ScoreTable
+from mlkit.coresets.selection import Unseen, _pool
 from mlkit.coresets.stratified import Stratified
 from mlkit.errors import InvalidTypeError, InvalidValueError
 
@@ -29,10 +29,13 @@ class CoverageCentricSampler(Sampler[int]):
     divides them.
 
     Args:
-        scores: A column of a `ScoreTable`, an `ArrayScore`, or an array with `hard`.
+        scores: A `ScoreTable`, a column of one, an `ArrayScore`, or an array with `hard`.
         selector: `CCS` or `Stratified`.
+        score: Which column of a `ScoreTable` to use.
         hard: Hard side of a plain array.
+        cutoff_scores: See `Selector.select`.
         labels: Classes, for `class_balanced` selectors.
+        unseen: See `Selector.select`.
         resample_every: Epochs between draws; None keeps the first.
         steps_per_epoch: Batches per epoch; the coreset is repeated in new orders to fill them.
             None means one pass. Needs `batch_size`.
@@ -48,11 +51,14 @@ class CoverageCentricSampler(Sampler[int]):
 
     def __init__(
         self,
-        scores: ArrayScore | np.ndarray,
+        scores: Any,
         selector: Stratified,
         *,
+        score: str = "aum",
         hard: Hard | None = None,
+        cutoff_scores: ArrayScore | None = None,
         labels: Any = None,
+        unseen: Unseen = "error",
         resample_every: int | None = None,
         steps_per_epoch: int | None = None,
         batch_size: int | None = None,
@@ -71,7 +77,8 @@ class CoverageCentricSampler(Sampler[int]):
                 raise InvalidValueError(f"{name} must be at least 1, got {value}")
         if (steps_per_epoch is None) != (batch_size is None):
             raise InvalidValueError("steps_per_epoch and batch_size go together: pass both")
-        pool = _pool(scores, hard, None, labels, None, None, None, "error")
+        column = scores[score] if isinstance(scores, ScoreTable) else scores
+        pool = _pool(column, hard, cutoff_scores, labels, None, None, None, unseen)
         self.selector = selector
         self.plan = selector.plan(pool)
         self.resample_every = resample_every
@@ -95,7 +102,7 @@ class CoverageCentricSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         coreset = torch.from_numpy(self.indices(epoch))
-        generator = torch.Generator().manual_seed((self.selector.seed << 20) + epoch)
+        generator = torch.Generator().manual_seed(((self.selector.seed << 20) + epoch) % 2**63)
         passes = math.ceil(self._length / len(coreset))
         order = torch.cat(
             [torch.randperm(len(coreset), generator=generator) for _ in range(passes)]

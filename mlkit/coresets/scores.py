@@ -22,9 +22,15 @@ from mlkit.errors import (
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["HARD_SIDE", "ArrayScore", "Hard", "ScoreTable"]
+__all__ = ["HARD_SIDE", "RECORDED", "ArrayScore", "Hard", "ScoreTable"]
 
 Hard = Literal["low", "high"]
+
+RECORDED = (
+    "aum", "forgetting", "correctness", "confidence", "variability", "el2n", "grand",
+    "dual", "dyn_unc", "tdds", "entropy", "loss",
+)  # fmt: skip
+"""Scores that a `DynamicsRecorder` can record."""
 
 HARD_SIDE: dict[str, Hard] = {
     "aum": "low",
@@ -52,7 +58,8 @@ class ArrayScore:
         values: Float array, one number per example.
         hard: "low" if a low score means a hard example (AUM), "high" if a high one does (EL2N).
         name: For reports.
-        unseen: True where the run never visited the example, so that it has no score.
+        unseen: True where the run visited the example too rarely for a score, or never.
+        space: "prob" or "logit" for margins; equal-width strata differ between them.
 
     Example:
         >>> ArrayScore(np.array([0.1, 0.9]), hard="high", name="mine").values
@@ -63,6 +70,7 @@ class ArrayScore:
     hard: Hard
     name: str = "score"
     unseen: Bool[np.ndarray, " n"] | None = None
+    space: str | None = None
 
     def __post_init__(self) -> None:
         if self.hard not in ("low", "high"):
@@ -86,10 +94,10 @@ class ScoreTable(Mapping[str, ArrayScore]):
     """The scores that one training run gave to every example; `table["aum"]` is an `ArrayScore`.
 
     Args:
-        scores: Name to float array, all of one length. Rows of examples that the run never
-            visited hold NaN.
-        targets: Label of each example, if known.
-        visits: How often each example was visited; 0 marks its scores as missing.
+        scores: Name to float array, all of one length; NaN where the run visited the example
+            too rarely for that score, or never.
+        targets: Label of each example, -1 where the run never saw it.
+        visits: How often each example was visited.
         meta: What else a reader must know (the space of the margin, windows, epochs, seed);
             anything JSON can hold.
         hard: Hard side of scores that `HARD_SIDE` does not know.
@@ -131,8 +139,9 @@ class ScoreTable(Mapping[str, ArrayScore]):
     def __getitem__(self, name: str) -> ArrayScore:
         if name not in self._scores:
             raise UnknownNameError(f"no score {name!r} here; {nearest(name, self._scores)}")
-        unseen = None if self.visits is None else self.visits == 0
-        return ArrayScore(self._scores[name], self.hard[name], name, unseen)
+        values = self._scores[name]
+        space = self.meta.get("space") if name == "aum" else None
+        return ArrayScore(values, self.hard[name], name, np.isnan(values), space)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._scores)
@@ -196,6 +205,12 @@ class ScoreTable(Mapping[str, ArrayScore]):
             raise InvalidValueError(
                 f"the table has {self.num_samples} rows and the data set {len(dataset)}; "
                 "score the same split that you annotate"
+            )
+        present = {prefix + name for name in self._scores} & set(dataset.column_names)
+        if present:
+            raise InvalidValueError(
+                f"the data set has the columns {sorted(present)} already; remove them with "
+                "remove_columns, or pass another prefix"
             )
         for name, values in self._scores.items():
             dataset = dataset.add_column(prefix + name, values)

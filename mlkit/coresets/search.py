@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlkit.coresets.ccs import CCS
 from mlkit.coresets.scores import ArrayScore, ScoreTable
@@ -38,7 +39,7 @@ def search_cutoff(
     mode: str = "max",
     score: str = "aum",
     selector: CCS | None = None,
-    labels: object = None,
+    **inputs: Any,
 ) -> CutoffSearch:
     """Train on the coreset of each beta and keep the one with the best validation measure.
 
@@ -55,7 +56,7 @@ def search_cutoff(
         mode: "max" or "min".
         score: Column of a `ScoreTable` to use.
         selector: Settings other than the pruning rate and cutoff; `CCS` defaults if None.
-        labels: Passed to the selector.
+        **inputs: Further arguments of `Selector.select`: labels, cutoff_scores, unseen, ...
 
     Raises:
         InvalidValueError: If no beta is allowed, or `train_fn` does not return `metric`.
@@ -73,7 +74,7 @@ def search_cutoff(
     selections: dict[float, Selection] = {}
     for beta in allowed:
         chosen = replace(base, prune_rate=prune_rate, cutoff=beta)
-        selections[beta] = chosen.select(column, labels=labels)
+        selections[beta] = chosen.select(column, **inputs)
         measured = train_fn(selections[beta])
         if metric not in measured:
             raise InvalidValueError(

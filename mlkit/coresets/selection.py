@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,18 @@ class Selection:
         return cls(indices, report)
 
 
+def as_integer(name: str, value: Any) -> int:
+    """Return any kind of integer as an int.
+
+    Raises:
+        InvalidValueError: If it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidValueError(f"{name} must be an integer, got {value!r}") from None
+
+
 def fingerprint(indices: Int[np.ndarray, " m"]) -> str:
     """Sixteen hex digits of the SHA-256 of the indices (little-endian int64)."""
     return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").data).hexdigest()[:16]
@@ -162,6 +175,7 @@ class Selector(ABC):
 
     def __post_init__(self) -> None:
         check_fraction("prune_rate", self.prune_rate, below_one=True)
+        self.seed = as_integer("seed", self.seed)
 
     @abstractmethod
     def _choose(self, pool: Pool) -> tuple[Int[np.ndarray, " m"], dict[str, Any]]:
@@ -232,6 +246,8 @@ class Selector(ABC):
         }
         if pool.scores is not None:
             report["score"] = {"name": pool.scores.name, "hard": pool.scores.hard}
+            if pool.scores.space is not None:
+                report["score"]["space"] = pool.scores.space
         report |= details
         if pool.labels is not None:
             classes, counts = np.unique(pool.labels[indices], return_counts=True)
@@ -296,7 +312,9 @@ def _pool(
     if score is not None:
         score, candidates = _without_unseen(score, unseen)
     if cut is not None:
-        cut, _ = _without_unseen(cut, unseen)
+        cut, scored = _without_unseen(cut, unseen)
+        if scored is not None:
+            candidates = scored if candidates is None else np.intersect1d(candidates, scored)
     if confidence is not None:
         _check_probabilities(confidence, candidates)
     return Pool(size, candidates, score, cut, labels, features, ids, confidence)
@@ -348,11 +366,12 @@ def _rows(name: str, rows: Any, kind: Any, ndim: int = 1) -> Any:
         rows = (rows.float() if rows.dtype.is_floating_point else rows).numpy()
     array = np.asarray(rows)
     if kind is np.floating and array.dtype.kind in "iub":
-        array = array.astype(np.float32)
+        array = array.astype(np.float32 if array.dtype.itemsize < 4 else np.float64)
     if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
+        hint = "; np.unique(labels, return_inverse=True)[1] numbers any labels"
         raise InvalidValueError(
             f"{name} must be {ndim}-dimensional {kind.__name__} numbers, got shape {array.shape} "
-            f"of {array.dtype}"
+            f"of {array.dtype}" + (hint if name == "labels" else "")
         )
     if array.dtype == np.float16:
         array = array.astype(np.float32)
@@ -370,16 +389,19 @@ def _without_unseen(
     if missing is not None and missing.any():
         if unseen == "error":
             raise InvalidValueError(
-                f"{int(missing.sum())} of {len(values)} examples were never visited while scoring "
-                f"(first index {int(missing.argmax())}); train at least one whole epoch, or pass "
-                "unseen='hard', 'easy' or 'drop'"
+                f"{int(missing.sum())} of {len(values)} examples have no score {score.name!r} "
+                f"(first index {int(missing.argmax())}): they were never visited, or less often "
+                "than the score's window; train at least one whole epoch, or pass unseen='hard', "
+                "'easy' or 'drop'"
             )
         seen = values[~missing]
-        if not len(seen):
-            raise InvalidValueError("no example was visited while scoring: there are no scores")
-        values = values.copy()
+        if not len(seen) and unseen == "drop":
+            raise InvalidValueError(
+                f"no example has a score {score.name!r}: train longer, or use a smaller window"
+            )
         high = (unseen == "hard") == (score.hard == "high")
-        values[missing] = np.nanmax(seen) if high else np.nanmin(seen)
+        values = values.copy()
+        values[missing] = (seen.max() if high else seen.min()) if len(seen) else 0.0
         if unseen == "drop":
             candidates = np.flatnonzero(~missing)
     nan = np.isnan(values)

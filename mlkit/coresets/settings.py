@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hydra.utils import instantiate
 
 from mlkit.coresets.counts import check_fraction
-from mlkit.coresets.scores import HARD_SIDE
+from mlkit.coresets.scores import RECORDED
 from mlkit.coresets.selection import Selector, Unseen
 from mlkit.errors import InvalidTypeError, InvalidValueError, MissingDataError, nearest
 
@@ -25,10 +25,14 @@ class CCSSettings:
 
     Args:
         prune_rate: Shares of the training pool to leave out, each in [0, 1).
-        methods: Name to a selector's configuration; `cutoff: search` chooses it on validation data.
+        methods: Name to a selector's configuration; `cutoff: search` chooses it on validation data,
+            `score: <name>` gives the method a score of its own.
         cutoffs: What such a search tries.
         score: Which recorded score the selectors use.
-        scores_path: A saved `ScoreTable` in place of the scoring run.
+        cutoff_score: Which recorded score decides the hardest, where it is another (the official
+            code's is aum).
+        scores_path: A saved `ScoreTable` in place of the scoring run's; with several seeds
+            "{seed}" in it stands for the seed.
         stage: How far to go; the stages share a run directory.
         num_seeds: How many runs to average.
         max_steps: Optimizer steps of every fit.
@@ -44,6 +48,7 @@ class CCSSettings:
     methods: Mapping[str, Any]
     cutoffs: Sequence[float] = (0.0, 0.1, 0.3)
     score: str = "aum"
+    cutoff_score: str | None = None
     scores_path: str | None = None
     stage: Literal["score", "select", "train"] = "train"
     num_seeds: int = 5
@@ -54,28 +59,52 @@ class CCSSettings:
     def __post_init__(self) -> None:
         for rate in self.prune_rates:
             check_fraction("ccs.prune_rate", rate, below_one=True)
+        if len(set(self.prune_rates)) < len(self.prune_rates):
+            raise InvalidValueError(f"ccs.prune_rate names a rate twice: {self.prune_rates}")
         for cutoff in self.cutoffs:
             check_fraction("ccs.cutoffs", cutoff)
         if not self.prune_rates or not self.cutoffs or not self.methods:
             raise InvalidValueError("ccs.prune_rate, ccs.cutoffs and ccs.methods must not be empty")
         if self.stage not in _STAGES:
             raise InvalidValueError(f"no ccs.stage {self.stage!r}; {nearest(self.stage, _STAGES)}")
-        if self.score not in HARD_SIDE:
-            raise InvalidValueError(
-                f"no ccs.score {self.score!r}; {nearest(self.score, HARD_SIDE)}"
-            )
+        for name in self.recorded:
+            if name not in RECORDED:
+                raise InvalidValueError(f"no score {name!r} is recorded; {nearest(name, RECORDED)}")
         for key in ("num_seeds", "max_steps"):
-            if getattr(self, key) < 1:
-                raise InvalidValueError(f"ccs.{key} must be at least 1, got {getattr(self, key)}")
-        if self.scores_path is not None and not Path(self.scores_path).is_file():
-            raise MissingDataError(
-                f"ccs.scores_path={self.scores_path} is not a file; leave it out to score here"
-            )
-
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidValueError(f"ccs.{key} must be an integer above 0, got {value!r}")
+        self._check_scores_path()
         for method in self.methods:
             for rate in self.prune_rates:
                 for beta in self.cutoffs_of(method, rate):
                     self.selector(method, rate, beta, seed=0)
+
+    def _check_scores_path(self) -> None:
+        if self.scores_path is None:
+            return
+        if "{seed}" in self.scores_path:
+            return
+        if self.num_seeds > 1:
+            raise InvalidValueError(
+                f"ccs.scores_path={self.scores_path} is one table and every seed has a training "
+                "pool of its own: put {seed} into the path, or set ccs.num_seeds=1"
+            )
+        if not Path(self.scores_path).is_file():
+            raise MissingDataError(
+                f"ccs.scores_path={self.scores_path} is not a file; leave it out to score here"
+            )
+
+    @property
+    def recorded(self) -> list[str]:
+        """Scores that the scoring run has to record, the recipe's own first."""
+        own = [node["score"] for node in self.methods.values() if node.get("score")]
+        cut = [self.cutoff_score] if self.cutoff_score else []
+        return list(dict.fromkeys([self.score, *own, *cut, "confidence"]))
+
+    def score_of(self, method: str) -> str:
+        """Which score a method selects by."""
+        return self.methods[method].get("score") or self.score
 
     def cutoffs_of(self, method: str, rate: float) -> list[float | None]:
         """Cutoffs to search for a method; [None] where its configuration settles them.
@@ -100,9 +129,10 @@ class CCSSettings:
             InvalidTypeError: If its `_target_` is no selector.
         """
         node: dict[str, Any] = {**self.methods[method], "prune_rate": rate, "seed": seed}
+        node.pop("score", None)
         if cutoff is not None:
             node["cutoff"] = cutoff
-        selector = instantiate(node)
+        selector = instantiate(node, _convert_="all")
         if not isinstance(selector, Selector):
             raise InvalidTypeError(
                 f"ccs.methods.{method} must be a selector, got {type(selector).__name__}; filters "
@@ -114,4 +144,6 @@ class CCSSettings:
     def prune_rates(self) -> list[float]:
         """The pruning rates as a list."""
         rates = self.prune_rate
-        return [float(rates)] if isinstance(rates, int | float) else [float(r) for r in rates]
+        return (
+            list(rates) if isinstance(rates, Sequence) and not isinstance(rates, str) else [rates]
+        )

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from mlkit.coresets.candidates import classes
 from mlkit.coresets.counts import class_quotas, water_fill
 from mlkit.coresets.keyed import draw, populations
-from mlkit.coresets.selection import Pool, Selector
+from mlkit.coresets.selection import Pool, Selector, as_integer
 from mlkit.coresets.strata import Binning, score_range, stratify
 from mlkit.errors import InvalidValueError
 
@@ -65,7 +66,8 @@ class Stratified(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_strata, int) or self.num_strata < 1:
+        self.num_strata = as_integer("num_strata", self.num_strata)
+        if self.num_strata < 1:
             raise InvalidValueError(f"num_strata must be at least 1, got {self.num_strata!r}")
         if self.binning not in ("equal-width", "quantile-clipped"):
             raise InvalidValueError(
@@ -96,7 +98,7 @@ class Stratified(Selector):
         pieces = (
             [_Piece(None, slice(None), budget)]
             if not self.class_balanced
-            else list(_classes(pool, dropped, budget))
+            else list(_classes(pool, dropped, budget, self))
         )
         k = self.num_strata
         codes = k * len(pieces)
@@ -140,19 +142,12 @@ class _Piece:
     quota: int
 
 
-def _classes(pool: Pool, dropped: np.ndarray, budget: int) -> Iterator[_Piece]:
-    labels = pool.needs("labels", pool)
-    everyone = np.unique(labels)
-    own = pool.of(labels)
-    order = np.argsort(own, kind="stable")
-    edges = np.searchsorted(own[order], everyone)
-    members = np.split(order, edges[1:])
-    counts = np.array([np.count_nonzero(labels == c) for c in everyone])
-    available = np.array([np.count_nonzero(~dropped[m]) for m in members])
-    for label, rows, quota in zip(
-        everyone, members, class_quotas(counts, available, budget), strict=True
-    ):
-        yield _Piece(int(label), rows, int(quota))
+def _classes(pool: Pool, dropped: np.ndarray, budget: int, asker: Stratified) -> Iterator[_Piece]:
+    split = classes(pool, asker)
+    sizes = np.array([size for _, _, size in split])
+    available = np.array([np.count_nonzero(~dropped[rows]) for _, rows, _ in split])
+    for (label, rows, _), quota in zip(split, class_quotas(sizes, available, budget), strict=True):
+        yield _Piece(label, rows, int(quota))
 
 
 def _strata_report(

@@ -23,6 +23,7 @@ from mlkit.errors import InvalidValueError, MissingDependencyError, RunError
 
 try:
     from transformers import TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise MissingDependencyError(
         "recording inside the Hugging Face Trainer needs transformers: "
@@ -67,7 +68,7 @@ class DynamicsTrainerMixin:
     """Feed `self.recorder` from `compute_loss`; put it before `Trainer` in the bases.
 
     The record is saved with every checkpoint and taken up by
-    `train(resume_from_checkpoint=<folder>)`.
+    `train(resume_from_checkpoint=...)`.
     """
 
     recorder: DynamicsRecorder | None = None
@@ -76,8 +77,11 @@ class DynamicsTrainerMixin:
         """Train and record."""
         if self.recorder is None:
             raise RunError("set trainer.recorder = DynamicsRecorder(len(train_dataset)) first")
-        if isinstance(resume_from_checkpoint, str | Path):
-            file = Path(resume_from_checkpoint) / _FILE
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        if folder:
+            file = Path(folder) / _FILE
             self.recorder.load_state_dict(torch.load(file, weights_only=True))
         callback = _RecordEpochs(self.recorder)
         self.add_callback(callback)  # type: ignore[attr-defined]
@@ -107,7 +111,9 @@ class DynamicsTrainerMixin:
 
 
 def _is_causal(model: Any) -> bool:
-    inner = getattr(model, "module", model)
+    inner = model
+    for wrapper in ("module", "_orig_mod", "module"):  # DDP, torch.compile, either way round
+        inner = getattr(inner, wrapper, inner)
     return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 

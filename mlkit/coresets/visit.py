@@ -41,7 +41,9 @@ class Visit:
         self._labelled = (
             (targets != settings["ignore_index"]).flatten(1) if self.is_tokens else None
         )
-        self._targets = targets.clamp_min(0).to(torch.int64)
+        self._targets = targets.to(torch.int64)
+        if self.is_tokens:
+            self._targets = self._targets.masked_fill(targets == settings["ignore_index"], 0)
         self.probs = logits.softmax(-1)
 
     def _example(self, values: Float[Tensor, batch * tokens]) -> Float[Tensor, " batch"]:

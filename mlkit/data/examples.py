@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -119,7 +120,12 @@ def labels_of(
     if tensors is not None:
         return tensors[1].to(torch.int64)
     every = (split_item(dataset[i], input_key, label_key)[1] for i in range(len(dataset)))
-    return torch.tensor([int(label) for label in every])
+    try:
+        return torch.tensor([operator.index(label) for label in every])
+    except TypeError as error:
+        raise InvalidValueError(
+            f"labels must be integers 0 .. num_classes - 1: {error}; number them in the data set"
+        ) from error
 
 
 def load_tensors(

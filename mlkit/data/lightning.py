@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mlkit.data.examples import Examples, TensorExamples, collate, labels_of, load_tensors
+from mlkit.data.loader import ResumableLoader
 from mlkit.data.spec import DataSpec
 from mlkit.errors import (
     InvalidTypeError,
@@ -48,6 +49,12 @@ class ClassificationDataModule(L.LightningDataModule):
         self._parts: dict[str, Dataset[Any]] = {}
         self._tensors: dict[int, Tensor] = {}
 
+    def prepare_data(self) -> None:
+        """Let data sets that are told to (`download: true`) fetch themselves, on one process."""
+        if self.spec.downloads:
+            self._load(self.spec.train)
+            self._load(self.spec.test)
+
     def setup(self, stage: str | None = None) -> None:
         """Load the data sets and split them; a second call does nothing."""
         if self._parts:
@@ -56,7 +63,8 @@ class ClassificationDataModule(L.LightningDataModule):
         spec.check_files()
         train, test = self._load(spec.train), self._load(spec.test)
         labels = labels_of(train, spec.label_key, spec.input_key)
-        self._check_labels(labels)
+        self._check_labels(labels, "training")
+        self._check_labels(labels_of(test, spec.label_key, spec.input_key), "test")
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(labels), generator=generator)
         held_out = int(spec.val_fraction * len(labels))
@@ -90,20 +98,20 @@ class ClassificationDataModule(L.LightningDataModule):
                     "Set data.root=/path/to/your/copy"
                 ) from error
             raise
-        if not hasattr(dataset, "__len__"):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise InvalidTypeError(
                 f"data.{self.spec.name} must be a map-style data set, got the iterable "
                 f"{type(dataset).__name__}"
             )
         return dataset
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def _check_labels(self, labels: Tensor, part: str) -> None:
         if not len(labels):
-            raise InvalidValueError(f"the training part of {self.spec.name} is empty")
+            raise InvalidValueError(f"the {part} part of {self.spec.name} is empty")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.spec.num_classes:
             raise InvalidValueError(
-                f"labels of {self.spec.name} lie in [{low}, {high}] and data.num_classes is "
+                f"{part} labels of {self.spec.name} lie in [{low}, {high}] and data.num_classes is "
                 f"{self.spec.num_classes}; they must be 0 .. num_classes - 1"
             )
 
@@ -134,9 +142,9 @@ class ClassificationDataModule(L.LightningDataModule):
         return self._tensors[id(dataset)]
 
     def content_hash(self) -> str:
-        """Sixteen hex digits of the SHA-256 of the in-memory training and test inputs."""
+        """Sixteen hex digits of the SHA-256 of the in-memory inputs and the clean labels."""
         self.setup()
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.clean_labels.numpy().data)
         for inputs in self._tensors.values():
             digest.update(inputs.contiguous().numpy().data)
         return digest.hexdigest()[:16]
@@ -153,7 +161,7 @@ class ClassificationDataModule(L.LightningDataModule):
         which batch normalisation cannot take.
         """
         size = len(dataset)  # type: ignore[arg-type]
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=self.spec.batch_size,
             shuffle=shuffle,

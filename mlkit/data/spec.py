@@ -60,15 +60,19 @@ class DataSpec:
     label_key: str = "label"
 
     def __post_init__(self) -> None:
-        for key, low, high in (("val_fraction", 0, 1), ("label_noise", 0, 1)):
+        for key, allowed in (("val_fraction", "[0, 1)"), ("label_noise", "[0, 1]")):
             value = getattr(self, key)
-            if not low <= value <= high or (key == "val_fraction" and value == 1):
-                allowed = "[0, 1)" if key == "val_fraction" else "[0, 1]"
-                raise InvalidValueError(f"data.{key} must be in {allowed}, got {value}")
+            if (
+                not isinstance(value, int | float)
+                or not 0 <= value <= 1
+                or (value == 1 and key == "val_fraction")
+            ):
+                raise InvalidValueError(f"data.{key} must be a number in {allowed}, got {value!r}")
         for key, least in (("num_classes", 2), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, key) < least:
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < least:
                 raise InvalidValueError(
-                    f"data.{key} must be at least {least}, got {getattr(self, key)}"
+                    f"data.{key} must be an integer of at least {least}, got {value!r}"
                 )
         if self.in_memory and self.train_transform:
             raise InvalidValueError(
@@ -82,15 +86,25 @@ class DataSpec:
         Raises:
             MissingDataError: If `root` is set and does not exist.
         """
-        if self.root is None:
+        if self.root is None or self.downloads:
             return
         if self.name in ENTRIES:
-            require(self.name, self.root)
+            found = require(self.name, self.root)
+            if found != Path(self.root).expanduser():
+                raise MissingDataError(
+                    f"{self.name} is at {found}, not directly at {self.root}: set data.root={found}"
+                )
         elif not Path(self.root).is_dir():
             raise MissingDataError(
                 f"{self.name} is not at {self.root}: set data.root=/path/to/your/copy (its licence "
-                "does not let us ship it)"
+                "does not let us ship it), or data.train.download=true data.test.download=true "
+                "where you may fetch it"
             )
+
+    @property
+    def downloads(self) -> bool:
+        """True if the data sets are told to download themselves."""
+        return bool(self.train.get("download") or self.test.get("download"))
 
     def source(self) -> str:
         """Where the data come from, with a hash of the files, or of the arrays without files."""

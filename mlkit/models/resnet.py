@@ -28,7 +28,7 @@ def resnet_cifar(num_classes: int, in_channels: int = 3, name: str = "resnet18")
             "torchvision does not load beside this torch; install the pair of constraints.txt, "
             "torch==2.14.0 torchvision==0.29.0"
         ) from error
-    if not name.startswith("resnet") or not hasattr(models, name):
+    if not name.startswith("resnet") or not callable(getattr(models, name, None)):
         raise InvalidValueError(
             f"name must be a torchvision ResNet such as 'resnet18', got {name!r}"
         )

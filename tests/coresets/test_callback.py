@@ -1,5 +1,7 @@
 """TrainingDynamics inside Lightning: every way to tell indices and logits, resume, DDP."""
 
+import warnings
+
 import lightning as L
 import numpy as np
 import pytest
@@ -70,12 +72,12 @@ class FromPair(Plain):
         return nn.functional.cross_entropy(self.coreset_logits, y)
 
 
-def _trainer(callback, epochs=3, **more):
+def _trainer(*callbacks, epochs=3, **more):
     return L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        callbacks=[callback],
+        callbacks=list(callbacks),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -160,6 +162,42 @@ def test_resumed_fit_records_what_an_uninterrupted_one_does(tmp_path):
         np.testing.assert_array_equal(
             second.compute()[name].values, whole.compute()[name].values, err_msg=name
         )
+
+
+def test_checkpoint_on_the_last_batch_of_an_epoch_loses_no_epoch(tmp_path):
+    """Lightning ends that epoch neither before the checkpoint nor after it."""
+    first, second = TrainingDynamics(["aum"]), TrainingDynamics(["aum"])
+    every = {"dirpath": tmp_path, "every_n_train_steps": 5, "save_top_k": -1, "filename": "{step}"}
+    saved = [L.pytorch.callbacks.ModelCheckpoint(**every) for _ in range(2)]
+    trainer = _trainer(first, saved[0], epochs=1, enable_checkpointing=True)
+    trainer.fit(Indexed(), _indexed_loader())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* not empty")
+        trainer = _trainer(second, saved[1], epochs=4, enable_checkpointing=True)
+        trainer.fit(
+            Indexed(), _indexed_loader(), ckpt_path=tmp_path / "step=5.ckpt", weights_only=True
+        )
+    assert (second.compute().visits == 4).all()
+
+
+def test_finished_checkpoint_still_gives_the_table(tmp_path):
+    first = TrainingDynamics(["aum"])
+    trainer = _trainer(first, epochs=2)
+    trainer.fit(Indexed(), _indexed_loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    second = TrainingDynamics(["aum"])
+    _trainer(second, epochs=2).fit(
+        Indexed(), _indexed_loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+    assert np.array_equal(second.compute()["aum"].values, first.compute()["aum"].values)
+
+
+def test_two_callbacks_in_one_trainer(tmp_path):
+    both = [TrainingDynamics(["aum"], space=s) for s in ("prob", "logit")]
+    _trainer(*both).fit(Indexed(), _indexed_loader())
+    prob, logit = (b.compute()["aum"] for b in both)
+    assert (prob.space, logit.space) == ("prob", "logit")
+    assert not np.allclose(prob.values, logit.values)
 
 
 def _ddp_fit(rank, world, epochs):

@@ -274,7 +274,7 @@ def test_examples_never_visited():
     unseen = np.isnan(values)
     score = ArrayScore(values, "low", "aum", unseen)
     selector = CCS(prune_rate=0.5, cutoff=0.2, num_strata=1)
-    with pytest.raises(InvalidValueError, match=r"2 of 10 examples were never visited .*index 2"):
+    with pytest.raises(InvalidValueError, match=r"2 of 10 examples have no score 'aum' .*index 2"):
         selector.select(score)
     assert not {2, 7} & set(selector.select(score, unseen="drop").indices.tolist())
     # The hardest score is 0: with ids 0, 2 and 7 tied there, the cut takes two of the three.

@@ -103,9 +103,26 @@ def test_any_data_module_trains_on_a_coreset():
 
 def test_data_module_without_one_loader_is_refused():
     module = Module()
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 40, 40)
+    module.train_dataloader = lambda: DataLoader(_tensors(), batch_size=4, sampler=sampler)
+    with pytest.raises(InvalidTypeError, match="samples by WeightedRandomSampler"):
+        CoresetDataModule(module, _selection()).train_dataloader()
     module.train_dataloader = lambda: [1, 2]
     with pytest.raises(InvalidTypeError, match="one DataLoader with a batch_size, got list"):
         CoresetDataModule(module, _selection()).train_dataloader()
+
+
+def test_inner_hooks_and_small_coresets():
+    class Shifted(Module):
+        def train_dataloader(self):
+            return DataLoader(_tensors(), batch_size=16, drop_last=True, num_workers=0)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return "shifted"
+
+    module = CoresetDataModule(Shifted(), _selection())
+    assert len(module.train_dataloader()) == 1, "a coreset below one batch is not dropped"
+    assert module.on_after_batch_transfer(None, 0) == "shifted"
 
 
 def test_static_sampler_is_the_selection_in_new_orders():

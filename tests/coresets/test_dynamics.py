@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers.ddp import run_ddp
 
-from mlkit.coresets import DynamicsRecorder, exact_grand
-from mlkit.coresets.dynamics import FINAL_SCORES, SCORES
+from mlkit.coresets import CCS, DynamicsRecorder, exact_grand
+from mlkit.coresets.dynamics import FINAL_SCORES
+from mlkit.coresets.scores import RECORDED
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from tests.coresets import oracle
+from tests.helpers.ddp import run_ddp
 
-STREAMED = [s for s in SCORES if s not in FINAL_SCORES and s != "grand"]
+STREAMED = [s for s in RECORDED if s not in FINAL_SCORES and s != "grand"]
 
 
 def _run(num_samples, num_classes, epochs, *, seed=0, batch=5, duplicates=False, **settings_):
@@ -294,6 +295,37 @@ def test_bad_updates():
     recorder.update(rows, logits, labels)
     with pytest.raises(InvalidValueError, match="have 3 classes and had 2 before"):
         recorder.update(rows, torch.randn(3, 3), labels)
+
+
+def test_targets_out_of_range_and_single_logits_are_refused():
+    recorder = DynamicsRecorder(4, ["aum"])
+    with pytest.raises(InvalidValueError, match="target -1 is out of range for 2 classes"):
+        recorder.update(torch.arange(2), torch.randn(2, 2), torch.tensor([0, -1]))
+    with pytest.raises(InvalidValueError, match="target 2 is out of range"):
+        recorder.update(torch.arange(2), torch.randn(2, 2), torch.tensor([0, 2]))
+    with pytest.raises(InvalidValueError, match="at least two classes"):
+        recorder.update(torch.arange(2), torch.randn(2, 1), torch.tensor([0, 0]))
+
+
+def test_final_scores_alone_can_be_selected_by():
+    recorder = DynamicsRecorder(4, ["entropy"])
+    labels = torch.tensor([0, 1, 1, 0])
+    recorder.record_final(torch.arange(4), torch.randn(4, 2), labels)
+    table = recorder.compute()
+    assert table.targets.tolist() == labels.tolist()
+    assert len(CCS(prune_rate=0.5).select(table["entropy"])) == 2
+
+
+def test_counters_stop_at_their_limit():
+    recorder = DynamicsRecorder(1, ["correctness", "forgetting"])
+    recorder.update(torch.tensor([0]), torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+    recorder._state["correct"][0] = 32767
+    recorder._state["forgotten"][0] = 32767
+    for logits in ([[0.0, 2.0]], [[2.0, 0.0]]):
+        recorder.end_epoch()
+        recorder.update(torch.tensor([0]), torch.tensor(logits), torch.tensor([0]))
+    table = recorder.compute()
+    assert table["correctness"].values[0] == table["forgetting"].values[0] == 32767
 
 
 def test_exact_grand_leaves_the_model_as_it_was():

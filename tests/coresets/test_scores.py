@@ -10,8 +10,10 @@ from mlkit.errors import InvalidTypeError, InvalidValueError, MissingDataError
 
 def _table(seed=0):
     rng = np.random.default_rng(seed)
+    aum = rng.normal(size=5)
+    aum[2] = np.nan
     return ScoreTable(
-        {"aum": rng.normal(size=5), "mine": rng.normal(size=5)},
+        {"aum": aum, "mine": rng.normal(size=5)},
         targets=np.arange(5),
         visits=np.array([3, 3, 0, 3, 3], dtype=np.int32),
         meta={"space": "prob", "epochs": 3},
@@ -25,7 +27,7 @@ def test_file_round_trip(tmp_path):
     loaded = ScoreTable.load(tmp_path / "deep" / "scores.safetensors")
     assert list(loaded) == ["aum", "mine"]
     for name in table:
-        assert np.array_equal(loaded[name].values, table[name].values)
+        assert np.array_equal(loaded[name].values, table[name].values, equal_nan=True)
         assert loaded[name].hard == table[name].hard
     assert loaded.meta == table.meta
     assert loaded["aum"].unseen.tolist() == [False, False, True, False, False]
@@ -52,7 +54,10 @@ def test_hugging_face_columns():
     annotated = table.to_hf(hf)
     assert annotated.column_names == ["text", "score_aum", "score_mine"]
     back = ScoreTable.from_hf(annotated, hard={"mine": "high"})
-    assert np.allclose(back["aum"].values, table["aum"].values)
+    assert np.array_equal(back["aum"].values, table["aum"].values, equal_nan=True)
+    assert back["aum"].unseen.tolist() == [False, False, True, False, False]
+    with pytest.raises(InvalidValueError, match="has the columns .*already"):
+        table.to_hf(annotated)
     with pytest.raises(InvalidValueError, match="5 rows and the data set 2"):
         table.to_hf(hf.select([0, 1]))
     with pytest.raises(InvalidValueError, match="no column begins with 'score_'"):
@@ -62,7 +67,8 @@ def test_hugging_face_columns():
 def test_mean_of_runs():
     tables = [_table(s) for s in range(3)]
     mean = ScoreTable.mean(tables)
-    assert np.allclose(mean["aum"].values, np.mean([t["aum"].values for t in tables], axis=0))
+    assert np.allclose(mean["mine"].values, np.mean([t["mine"].values for t in tables], axis=0))
+    assert np.isnan(mean["aum"].values).tolist() == [False, False, True, False, False]
     assert mean.meta["runs"] == 3
     with pytest.raises(InvalidValueError, match="columns differ"):
         ScoreTable.mean([_table(), ScoreTable({"aum": np.zeros(5)})])

@@ -126,6 +126,46 @@ def test_pipeline_refuses_what_is_no_pipeline():
         )
 
 
+def test_pipeline_with_two_pruning_rates_is_refused():
+    with pytest.raises(InvalidValueError, match="prune_rate=0.9 contradicts the last stage's 0.5"):
+        Pipeline([HardCutoff(0.1), Stratified(prune_rate=0.5)], prune_rate=0.9)
+
+
+def test_large_integers_keep_their_digits():
+    scores = np.arange(2**24, 2**24 + 10)
+    assert TopK(prune_rate=0.5).select(scores, hard="high").indices.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_numpy_numbers_are_numbers():
+    plain = Stratified(prune_rate=0.9, num_strata=10, seed=3)
+    same = Stratified(prune_rate=np.float32(0.9), num_strata=np.int64(10), seed=np.int64(3))
+    scores = np.arange(100.0)
+    want = plain.select(scores, hard="high").indices
+    assert np.array_equal(same.select(scores, hard="high").indices, want)
+    with pytest.raises(InvalidValueError, match="seed must be an integer, got 'x'"):
+        Stratified(prune_rate=0.5, seed="x")
+
+
+def test_examples_without_a_cutoff_score_are_dropped_too():
+    scores = np.arange(10.0)
+    aum = np.arange(10.0)
+    aum[:4] = np.nan
+    chosen = CCS(prune_rate=0.5, num_strata=1).select(
+        scores,
+        hard="low",
+        cutoff_scores=ArrayScore(aum, "low", "aum", np.isnan(aum)),
+        unseen="drop",
+    )
+    assert chosen.indices.min() >= 4
+
+
+def test_labels_by_name_are_explained():
+    with pytest.raises(InvalidValueError, match="return_inverse=True"):
+        CCS(prune_rate=0.5).select(np.arange(3.0), hard="low", labels=np.array(["a", "b", "a"]))
+    with pytest.raises(InvalidValueError, match="Stratified needs labels"):
+        Stratified(prune_rate=0.5, class_balanced=True).select(np.arange(3.0), hard="low")
+
+
 def test_hard_cutoff_uses_the_cutoff_score():
     scores, other = np.arange(10.0), ArrayScore(-np.arange(10.0), "low", "aum")
     stages = [HardCutoff(cutoff=0.5), Stratified(prune_rate=0.5)]

@@ -82,6 +82,9 @@ def test_resume_keeps_the_record(tmp_path):
     first.train()
     second = _trainer("classifier", tmp_path / "parts", epochs=4, lr=1e-2)
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-6"))
+    third = _trainer("classifier", tmp_path / "parts", epochs=5, lr=1e-2)
+    third.train(resume_from_checkpoint=True)
+    assert (third.recorder.compute().visits == 5).all()
     table = second.recorder.compute()
     assert (table.visits == 4).all()
     np.testing.assert_allclose(

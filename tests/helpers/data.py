@@ -17,7 +17,7 @@ from torchvision import datasets
 
 from mlkit.data.idx import IDX_FILES, write_idx
 
-__all__ = ["CIFAR10Fixture", "CIFAR100Fixture", "FIXTURES", "fixture_overrides"]
+__all__ = ["FIXTURES", "CIFAR10Fixture", "CIFAR100Fixture", "fixture_overrides"]
 
 
 def _with_own_hashes(cls: type[datasets.CIFAR10]) -> type[datasets.CIFAR10]:

@@ -1,4 +1,4 @@
-"""Run a test's function in several gloo processes on this machine, and bring back what they return."""
+"""Run a test's function in several gloo processes of this machine; bring back the results."""
 
 from __future__ import annotations
 

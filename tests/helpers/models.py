@@ -1,4 +1,4 @@
-"""Random small models for property tests: what a converter or a recorder meets in the wild, in small.
+"""Random small models for property tests: what a converter or recorder meets, in small.
 
 Sizes are odd on purpose (kernels that assume powers of two fail here), and a model may have batch
 normalisation, layers without bias, and one module that is used twice (tied weights).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -23,7 +24,17 @@ from omegaconf import DictConfig, open_dict
 
 from mlkit.run import train
 
-__all__ = ["CONF", "ROOT", "Run", "compose_job", "kill_when", "run_here", "run_python", "run_train"]
+__all__ = [
+    "CONF",
+    "ROOT",
+    "Run",
+    "compose_job",
+    "is_installed",
+    "kill_when",
+    "run_here",
+    "run_python",
+    "run_train",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -62,12 +73,20 @@ class Run:
         return {k: {n: x for n, x in v.items() if n != "seconds"} for k, v in found.items()}
 
 
+def is_installed(module: str) -> bool:
+    """Whether an optional module can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is absent
+        return False
+
+
 # --------------------------------------------------------------------------- in this process
 
 
 @contextmanager
 def compose_job(directory: Path, *overrides: str) -> Iterator[DictConfig]:
-    """Compose a job whose run directory is `directory`, as Hydra does; inside, `hydra:` resolves."""
+    """Compose a job with the run directory `directory`, as Hydra does; `hydra:` resolves inside."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -105,7 +124,7 @@ def run_here(directory: Path, *overrides: str) -> Run:
         os.environ.update(environment)
 
 
-# --------------------------------------------------------------------------- in a process of its own
+# --------------------------------------------------------------------------- as a user does
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
@@ -158,7 +177,9 @@ def kill_when(condition: Callable[[], bool], *arguments: str, timeout: float = 1
     try:
         while not condition():
             if process.poll() is not None:
-                raise AssertionError(f"it ended before it could be killed:\n{process.stdout.read()}")
+                raise AssertionError(
+                    f"it ended before it could be killed:\n{process.stdout.read()}"
+                )
             if time.monotonic() > deadline:
                 raise AssertionError(f"the moment to kill it did not come within {timeout} s")
             time.sleep(0.002)

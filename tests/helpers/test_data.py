@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from tests.helpers import data as fixtures
 from torchvision import datasets
+
+from tests.helpers import data as fixtures
 
 SIZES = {"train": 80, "test": 20}
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers.models import random_small_model
 from torch import nn
+
+from tests.helpers.models import random_small_model
 
 SEEDS = st.integers(0, 10_000)
 OPTIONAL = st.sampled_from([None, True, False])

@@ -1,4 +1,4 @@
-"""What the paper claims, on real digits: hard examples are mislabelled, hardest-first covers badly."""
+"""The paper on real digits: hard examples are mislabelled, hardest-first covers badly."""
 
 import json
 import subprocess
