@@ -1,0 +1,5 @@
+from .op import available_backends as available_backends
+from .op import sparse_mlp as sparse_mlp
+from .reference import ACTIVATIONS as ACTIVATIONS
+from .reference import expert_mask as expert_mask
+from .reference import sparse_mlp_reference as sparse_mlp_reference
