@@ -101,6 +101,15 @@ CLAIMS = [
         table=table,
     ),
     Claim(
+        name="ccs-selectors",
+        system="ccs",
+        title="Every selector of the room on the same scores, features and budget: digits",
+        overrides=("recipe=ccs", "experiment=ccs/selectors"),
+        paper=_CIFAR10[2:],
+        verdict=verdict,
+        table=table,
+    ),
+    Claim(
         name="ccs-fashion-mnist",
         system="ccs",
         title="The same on the complete Fashion-MNIST",
