@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,6 +50,7 @@ def train(cfg: DictConfig) -> float | None:
             f"ckpt_path must be null or auto, got {cfg.ckpt_path!r}; to resume a certain run, give "
             "its folder: hydra.run.dir=..."
         )
+    _check_sweep(cfg, hydra)
     settings = build(cfg[system])
     parts = {"data": build(cfg.data)}
     parts["data"].check_files()
@@ -67,6 +69,20 @@ def train(cfg: DictConfig) -> float | None:
         log.info("%s is finished already; delete it to run again", directory)
         print((directory / "report.md").read_text())
     return _optimized(cfg.get("optimized_metric"), metrics)
+
+
+def _check_sweep(cfg: DictConfig, hydra: DictConfig) -> None:
+    """Refuse several processes per job in a sweep on this machine: they would start sweeps too."""
+    launcher = hydra.launcher._target_.rsplit(".", 1)[-1]
+    if (
+        hydra.mode == RunMode.MULTIRUN
+        and launcher in ("BasicLauncher", "JoblibLauncher")
+        and cfg.trainer.get("devices", 1) not in (1, "1", "auto")
+    ):
+        raise InvalidValueError(
+            f"trainer.devices={cfg.trainer.devices} does not work in a sweep on one machine: start "
+            "the jobs one by one without -m, or use launcher=slurm"
+        )
 
 
 def _publish(report: Report, directory: Path, before: Mapping[str, Any] | None) -> None:

@@ -134,6 +134,10 @@ MISTAKES = {
         ["recipe=ccs", "ccs.scores_path=absent.safetensors"],
         [r"put \{seed\} into the path", r"ccs\.num_seeds=1"],
     ),
+    "processes in a sweep": (
+        ["-m", "recipe=ccs", "trainer=ddp", "seed=0,1", "hydra.sweep.dir=sweep"],
+        [r"trainer\.devices=2 does not work in a sweep", "launcher=slurm"],
+    ),
     "rate twice": (["recipe=ccs", "ccs.prune_rate=[0.9,0.9]"], ["names a rate twice"]),
     "rate that is no number": (
         ["recipe=ccs", "ccs.prune_rate=abc"],
