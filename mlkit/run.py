@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> float | None:
     return _optimized(cfg.get("optimized_metric"), metrics)
 
 
-def _check_sweep(cfg: DictConfig, hydra: DictConfig) -> None:
+def _check_sweep(cfg: DictConfig, hydra: Any) -> None:
     """Refuse several processes per job in a sweep on this machine: they would start sweeps too."""
     launcher = hydra.launcher._target_.rsplit(".", 1)[-1]
     if (
