@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ class Visit:
         self._targets = targets.to(torch.int64)
         if self.is_tokens:
             self._targets = self._targets.masked_fill(targets == settings["ignore_index"], 0)
-        self.probs = logits.softmax(-1)
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "batch *tokens classes"]:
+        """The softmax."""
+        return self._logits.softmax(-1)
 
     def _example(self, values: Float[Tensor, batch * tokens]) -> Float[Tensor, " batch"]:
         if self._labelled is None:
