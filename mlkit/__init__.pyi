@@ -1,5 +1,8 @@
 from . import coresets as coresets
 from . import data as data
 from . import models as models
+from . import sparsity as sparsity
+from .convert import convert as convert
+from .convert import restore as restore
 
 __version__: str

@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -142,7 +143,10 @@ def _build(name: str, sources: Sequence[Path], folder: Path, flags: Sequence[str
     level = noisy.level
     noisy.setLevel(logging.ERROR)  # it warns of a missing CUDA, which a CPU kernel does not need
     try:
-        from torch.utils import cpp_extension
+        with warnings.catch_warnings():
+            # It imports setuptools, which may import the distutils that Python 3.11 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.utils import cpp_extension
 
         with _ninja_on_path():
             cpp_extension.load(

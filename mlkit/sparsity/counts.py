@@ -1,0 +1,61 @@
+"""Running sums of one LTE layer, added to in every forward pass and read when someone asks."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+__all__ = ["LayerCounts"]
+
+_KEYS = ("tokens", "active", "eff", "sep", "nan", "near")
+NEAR = 0.1
+"""How far from tau a score counts as undecided; the distance is ours."""
+
+
+class LayerCounts:
+    """Sums over valid tokens: experts that ran, both losses, NaN scores, scores near tau.
+
+    They stay on the layer's device and are no part of its state dict.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(_KEYS), dtype=torch.float64, device="cpu")
+
+    @torch.no_grad()
+    def add(
+        self,
+        scores: Float[Tensor, "*tokens experts"],
+        selected: Bool[Tensor, "*tokens experts"],
+        valid: Bool[Tensor, " *tokens"] | None,
+        threshold: float,
+        eps: float,
+    ) -> None:
+        """Count one forward pass."""
+        if scores.is_meta:
+            return
+        dtype = torch.float64 if scores.device.type != "mps" else torch.float32
+        if self.sums.device != scores.device or self.sums.dtype != dtype:
+            self.sums = self.sums.to(scores.device, dtype)
+        offset = scores - threshold
+        rows = torch.stack(
+            [
+                torch.ones_like(scores[..., 0]),
+                selected.sum(-1).to(scores.dtype),
+                scores.square().mean(-1).nan_to_num(),
+                (offset.square() + eps).reciprocal().mean(-1).nan_to_num(),
+                scores.isnan().sum(-1).to(scores.dtype),
+                (offset.abs() < NEAR).to(scores.dtype).mean(-1),
+            ]
+        )
+        if valid is not None:
+            rows = torch.where(valid, rows, 0.0)
+        self.sums = self.sums + rows.reshape(len(_KEYS), -1).sum(1).to(dtype)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.sums = torch.zeros_like(self.sums)
+
+    def values(self, sums: Tensor | None = None) -> dict[str, float]:
+        """Return the sums by name."""
+        return dict(zip(_KEYS, (self.sums if sums is None else sums).tolist(), strict=True))
