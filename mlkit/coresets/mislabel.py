@@ -1,7 +1,7 @@
 """A cutoff without a search: what share of the labels looks wrong, and what the paper used.
 
 Heuristic, our decision. The estimate from threshold samples is Pleiss et al., NeurIPS 2020 (arXiv
-2001.10528), section 4; the table is CCS's CIFAR10 row as remembered, except 0.3 at 0.9, which the
+2001.10528); the table is CCS's CIFAR10 row as remembered, except 0.3 at 0.9, which the
 official commands confirm.
 """
 

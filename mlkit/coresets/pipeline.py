@@ -43,7 +43,7 @@ class HardCutoff(Filter):
     """Remove the floor(cutoff * N) hardest examples, by `cutoff_scores` if given, else `scores`.
 
     N is the full data set. Among equal scores at the boundary the keyed hash decides. Source: CCS
-    (arXiv 2210.15809), section 4: the hardest are mostly mislabelled or outliers.
+    (arXiv 2210.15809): the hardest are mostly mislabelled or outliers.
 
     Args:
         cutoff: Fraction to remove, in [0, 1].

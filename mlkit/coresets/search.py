@@ -44,8 +44,8 @@ def search_cutoff(
     """Train on the coreset of each beta and keep the one with the best validation measure.
 
     Betas above the pruning rate are left out; equal measures go to the smaller beta. Source: CCS
-    section 5 searches beta in steps of 0.1 (the literature often does so on test data; pass a
-    `train_fn` that measures on held-out training data).
+    searches beta in steps of 0.1 (the literature often does so on test data; pass a `train_fn`
+    that measures on held-out training data).
 
     Args:
         train_fn: Trains on a coreset and returns its measures.

@@ -1,8 +1,7 @@
-"""Slow oracle for coverage-centric coreset selection: plain Python loops, written from the spec.
+"""Slow oracle for coverage-centric coreset selection: plain Python loops.
 
-Nothing here is shared with the library. Selection follows sections 0 and 2.1 of the spec, scores
-follow section 2.2 and the coverage metric section 2.3. Decisions that the spec leaves open are
-stated in the docstring of the function concerned.
+Nothing here is shared with the library: it was written from a description of the algorithm alone.
+Decisions that the description left open are stated in the docstring of the function concerned.
 """
 
 import itertools
@@ -82,7 +81,7 @@ def num_cut(n: int, cutoff: float) -> int:
 
 
 def water_fill(populations: Sequence[int], m: int) -> list[int]:
-    """Share `m` picks over the strata by the loop of section 2.1.
+    """Share `m` picks over the strata by CCS's budget loop.
 
     Strata are handled by ascending population, equal populations by ascending bin index. Each
     gets an equal share of what remains, at most its population. If `m` exceeds the total
@@ -255,7 +254,7 @@ def ccs_select(
     cutoff_scores: Numbers | None = None,
     cutoff_hard: Hard | None = None,
 ) -> Selection:
-    """Select floor((1 - prune_rate) * N) examples by CCS, section 2.1.
+    """Select floor((1 - prune_rate) * N) examples by CCS.
 
     Scores are rounded to float32 and everything after that is float64. Strata run from the
     lowest to the highest kept score whatever `hard` is; `hard` only directs the cutoff. The
@@ -380,7 +379,7 @@ def official_budgets(scores: Numbers, m: int, num_strata: int = 50) -> tuple[lis
 
     Bin b holds lo + b * step <= s < lo + (b + 1) * step with step = (max * 1.0001 - lo) / k, all
     in float32. So scores with max <= 0 lose their maximum. The official code sorts strata of
-    equal population in no fixed order; here they are in ascending bin index (section 0).
+    equal population in no fixed order; here they are in ascending bin index.
 
     Args:
         scores: Scores that are left after the cutoff.
@@ -472,7 +471,7 @@ def scores_from_log(
     tdds_decay: float = 0.9,
     tdds_abs: Literal["terms", "sum"] = "terms",
 ) -> dict[str, FloatArray]:
-    """Recompute every score of section 2.2 from the whole log.
+    """Recompute every score from the whole log.
 
     Of several visits of one example in one epoch only the first counts. A visit is correct if the
     label is the first of the classes of largest probability. An example with no counted visit is
