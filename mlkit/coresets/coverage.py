@@ -2,8 +2,9 @@
 
 Source: CCS (Zheng et al., ICLR 2023, arXiv 2210.15809), from memory: S is a p-partial r-cover if
 a share p of the distribution lies within r of S, and AUC_pr(S) = integral of r(p) over p in
-[0, 1] = E_x[min_{s in S} d(x, s)]; lower is better cover. D2's code takes the mean over the examples left
-out; here it runs over all examples, chosen ones included, or over `eval_features`.
+[0, 1] = E_x[min_{s in S} d(x, s)]; lower is better cover. D2's code takes the
+mean over the examples left out; here it runs over all examples, chosen ones included, or over
+`eval_features`.
 """
 
 from __future__ import annotations
