@@ -260,3 +260,18 @@ def test_the_argmax_loop_is_d2s_rule():
     hardness, distances = rng.random(200), rng.random((200, 5))
     expected = d2_select(hardness, neighbors, distances, 50)
     assert (_ccs_features.argmax_loop(hardness, neighbors, distances, 50) == expected).all()
+
+
+def test_lte_rows_compare_with_the_best_dense_form():
+    from mlkit_kernels.sparse_mlp import available_backends
+    from scripts.benchmarks import lte
+
+    if "cpp" not in available_backends("cpu"):
+        pytest.skip("no C++ compiler")
+    found = list(lte.rows(Bench(quick=True)))
+    assert len(found) == 8
+    for row in found:
+        assert row.peer is not None
+        assert "best dense" in row.peer
+        assert row.ratio == pytest.approx(row.peer_value / row.value)
+        assert row.limit_ratio is not None
