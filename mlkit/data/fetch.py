@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple
 
@@ -168,7 +168,7 @@ def _download(entry: Entry, folder: Path, timeout_s: float) -> Path:
     if entry.ecosystem in ("pip", "sdist"):
         _need(entry, "pip")
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        if importlib.util.find_spec("pip") is None:
+        if not _pip_is_importable():
             command[:3] = ["pip"]
         command += ["download", "--quiet", "--no-deps", "--dest", str(folder)]
         if entry.ecosystem == "pip":
@@ -211,10 +211,20 @@ def _download_deb(entry: Entry, folder: Path, run: Callable[..., None]) -> None:
             ) from first
 
 
+def _pip_is_importable() -> bool:
+    # Not find_spec: where setuptools is installed, looking pip up turns its distutils off for the
+    # whole process, and a later build of a C++ extension fails.
+    try:
+        metadata.distribution("pip")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _need(entry: Entry, *clients: str) -> None:
     """Raise unless all clients are on PATH (for pip: or importable)."""
     absent = [client for client in clients if shutil.which(client) is None]
-    if absent == ["pip"] and importlib.util.find_spec("pip") is not None:
+    if absent == ["pip"] and _pip_is_importable():
         return
     if absent:
         raise RunError(

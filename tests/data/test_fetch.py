@@ -451,7 +451,7 @@ def test_flipped_bytes_are_caught_by_the_member_hash(world: World, position: int
 )
 def test_a_missing_client(world: World, ecosystem: str, names: str) -> None:
     world.monkeypatch.setenv("PATH", str(world.bin))
-    world.monkeypatch.setattr(fetch_module.importlib.util, "find_spec", lambda name: None)
+    world.monkeypatch.setattr(fetch_module, "_pip_is_importable", lambda: False)
     world.register(ecosystem=ecosystem)
     world.refuses(f"{names} cannot be found on PATH")
 

@@ -118,6 +118,7 @@ def _work(
         dist.init_process_group(
             "gloo", init_method=store.as_uri(), rank=rank, world_size=world_size
         )
+        dist.barrier()  # or a rank that is done at once would leave while another still joins
         content = pickle.dumps((True, function(rank, world_size, *args)))
     except BaseException:
         # Said before the group is left: the other ranks fail after this one, and because of it.
