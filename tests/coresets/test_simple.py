@@ -136,7 +136,7 @@ def test_large_integers_keep_their_digits():
     assert TopK(prune_rate=0.5).select(scores, hard="high").indices.tolist() == [5, 6, 7, 8, 9]
 
 
-def test_numpy_numbers_are_numbers():
+def test_numpy_numbers_are_no_bad_settings():
     plain = Stratified(prune_rate=0.9, num_strata=10, seed=3)
     same = Stratified(prune_rate=np.float32(0.9), num_strata=np.int64(10), seed=np.int64(3))
     scores = np.arange(100.0)
