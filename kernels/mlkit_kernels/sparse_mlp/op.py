@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ def _triton_refusal(device: torch.device) -> str | None:
     if device.type != "cuda" and not interpreted:
         return f"it needs tensors on a CUDA device, got {device} (or TRITON_INTERPRET=1 for tests)"
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401 (only to see whether it is installed)
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton"
     return None
@@ -169,19 +170,19 @@ def _fake(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.threshold, ctx.activation, _ = inputs  # type: ignore[attr-defined]
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.threshold, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
     *inputs, down_bias = tensors
     grads = sparse_mlp_backward(
         grad,
         *inputs,
-        threshold=ctx.threshold,  # type: ignore[attr-defined]
-        activation=ctx.activation,  # type: ignore[attr-defined]
+        threshold=ctx.threshold,
+        activation=ctx.activation,
     )
     dx, d_gate_up, d_down, d_bias, d_down_bias = grads
     gate_up_bias = inputs[-1]
