@@ -53,6 +53,7 @@ def train(cfg: DictConfig) -> float | None:
     _check_sweep(cfg, hydra)
     settings = build(cfg[system])
     parts = {"data": build(cfg.data)}
+    _check_kind(cfg, hydra, parts["data"])
     parts["data"].check_files()
     metrics = finished_metrics(directory, cfg)
     if metrics is None:
@@ -83,6 +84,18 @@ def _check_sweep(cfg: DictConfig, hydra: Any) -> None:
             f"trainer.devices={cfg.trainer.devices} does not work in a sweep on one machine: start "
             "the jobs one by one without -m, or use launcher=slurm"
         )
+
+
+def _check_kind(cfg: DictConfig, hydra: Any, data: Any) -> None:
+    """Refuse data of another kind than the recipe takes, which `recipe._takes_` says."""
+    wanted = cfg.recipe.get("_takes_")
+    if wanted is None or isinstance(data, get_object(wanted)):
+        return
+    raise InvalidValueError(
+        f"recipe={hydra.runtime.choices['recipe']} takes a {wanted}, and "
+        f"data={hydra.runtime.choices['data']} is a {type(data).__name__}; docs/data.md lists the "
+        "data groups of each kind"
+    )
 
 
 def _publish(report: Report, directory: Path, before: Mapping[str, Any] | None) -> None:

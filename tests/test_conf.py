@@ -8,6 +8,7 @@ from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 
 from mlkit.cli import prepare
+from mlkit.errors import InvalidValueError
 from mlkit.run import build
 from tests.helpers.data import fixture_overrides
 from tests.helpers.runs import CONF, compose_job, is_installed, run_here
@@ -24,15 +25,27 @@ ONE_STEP = {
 }
 """Per recipe, what makes any of its experiments a matter of seconds. A new recipe adds a line."""
 
-CUSTOM = [
-    "data.train._target_=mlkit.data.digits.digits",
-    "+data.train.split=train",
-    "data.test._target_=mlkit.data.digits.digits",
-    "+data.test.split=test",
-    "data.input_shape=[1,8,8]",
-    "data.num_classes=10",
-]
-"""What data=custom leaves to the user."""
+IMAGES, TEXT = "mlkit.data.DataSpec", "mlkit.data.TextSpec"
+"""Kinds of data. A recipe says in `recipe._takes_` which one it is for."""
+
+MODULES = {IMAGES: "mlkit.models.lightning.Classifier", TEXT: "mlkit.models.TransformerModule"}
+"""The LightningModule of the model groups for each kind."""
+
+CUSTOM = {
+    IMAGES: [
+        "data=custom",
+        "data.train._target_=mlkit.data.digits.digits",
+        "+data.train.split=train",
+        "data.test._target_=mlkit.data.digits.digits",
+        "+data.test.split=test",
+        "data.input_shape=[1,8,8]",
+        "data.num_classes=10",
+    ],
+}
+"""The data group for a user's own set, and what it leaves to the user."""
+
+LEFT_TO_USER = {option: own for option, *own in CUSTOM.values()}
+"""What an option does not settle itself, by option."""
 
 PLUGINS = {
     "launcher": {
@@ -67,6 +80,32 @@ def recipe_of(group: str, option: str) -> str:
     return head if group in ("experiment", "hparams_search") and head in RECIPES else RECIPES[0]
 
 
+def kind_of(group: str, option: str) -> str:
+    """The kind of data that a data or model group is for."""
+    target = OmegaConf.load(CONF / group / f"{option}.yaml")._target_
+    return target if group == "data" else {m: kind for kind, m in MODULES.items()}[target]
+
+
+def taken_by(recipe: str) -> str:
+    return OmegaConf.load(CONF / "recipe" / f"{recipe}.yaml").recipe._takes_
+
+
+def choices_for(kind: str, group: str, option: str) -> list[str]:
+    """Overrides that choose an option for a kind of data, with a recipe that takes this kind.
+
+    Where no recipe does yet, the first one composes (it would refuse to run) with other options of
+    this kind.
+    """
+    chosen = {"recipe": next((r for r in RECIPES if taken_by(r) == kind), None)}
+    if chosen["recipe"] is None:
+        chosen["recipe"] = RECIPES[0]
+        for other in ("data", "model"):
+            chosen[other] = next(o for o in options(other) if kind_of(other, o) == kind)
+    chosen[group] = option
+    words = [f"{name}={value}" for name, value in chosen.items()]
+    return words + [more for word in words for more in LEFT_TO_USER.get(word, [])]
+
+
 def targets(node: object, path: str = "") -> dict[str, str]:
     """Every `_target_` below a composed node, by its path."""
     found = {}
@@ -96,28 +135,59 @@ def check(cfg: DictConfig) -> None:
     build(cfg.data)
 
 
-@pytest.mark.parametrize("data", options("data"))
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_composes_with_data(recipe, data, tmp_path):
-    own = CUSTOM if data == "custom" else []
+def agree(cfg: DictConfig, data: str) -> None:
+    """The data are called by their group, and the network fits them."""
+    assert cfg.data.name == data
+    for key in ("num_classes", "input_shape"):
+        if key in cfg.model.net:
+            assert cfg.model.net[key] == cfg.data[key]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data"),
+    [(r, d) for r in RECIPES for d in options("data") if kind_of("data", d) == taken_by(r)],
+)
+def test_recipe_composes_with_data_of_its_kind(recipe, data, tmp_path):
+    own = LEFT_TO_USER.get(f"data={data}", [])
     with compose_job(tmp_path, f"recipe={recipe}", f"data={data}", *own) as cfg:
         check(cfg)
-        assert cfg.data.name == data
-        assert cfg.model.net.num_classes == cfg.data.num_classes
-        if "input_shape" in cfg.model.net:
-            assert cfg.model.net.input_shape == cfg.data.input_shape
+        agree(cfg, data)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_refuses_data_of_another_kind_before_it_starts(recipe, tmp_path):
+    other = next(kind for kind in MODULES if kind != taken_by(recipe))
+    chosen = {g: next(o for o in options(g) if kind_of(g, o) == other) for g in ("data", "model")}
+    words = [f"{group}={option}" for group, option in chosen.items()]
+    left = [more for word in words for more in LEFT_TO_USER.get(word, [])]
+    kind = other.rsplit(".", 1)[1]
+    with pytest.raises(
+        InvalidValueError,
+        match=rf"recipe={recipe} takes a {taken_by(recipe)}, and data={chosen['data']} is a {kind}",
+    ):
+        run_here(tmp_path, f"recipe={recipe}", *words, *left)
+    assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*of the examples share one of")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_any_data_set_by_target_runs(recipe, tmp_path):
     short = [*ONE_STEP[recipe], "data.batch_size=200", "data.num_workers=0"]
-    done = run_here(tmp_path, f"recipe={recipe}", "data=custom", *CUSTOM, *short)
+    done = run_here(tmp_path, f"recipe={recipe}", *CUSTOM[taken_by(recipe)], *short)
     assert done.metrics
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g in GROUPS if g != "data" for o in options(g)]
+    ("group", "option"), [(g, o) for g in ("data", "model") for o in options(g)]
+)
+def test_data_and_models_compose_with_their_kind(group, option, tmp_path):
+    with compose_job(tmp_path, *choices_for(kind_of(group, option), group, option)) as cfg:
+        check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(g, o) for g in GROUPS if g not in ("data", "model") for o in options(g)],
 )
 def test_option_composes(group, option, tmp_path):
     skip_without_plugin(group, option)

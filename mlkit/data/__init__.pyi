@@ -4,3 +4,6 @@ from .lightning import ClassificationDataModule as ClassificationDataModule
 from .offline import data_root as data_root
 from .offline import require as require
 from .spec import DataSpec as DataSpec
+from .text_lightning import TextDataModule as TextDataModule
+from .text_spec import TextSpec as TextSpec
+from .tokenizer import ByteTokenizer as ByteTokenizer

@@ -27,6 +27,7 @@ __all__ = [
     "Ecosystem",
     "Entry",
     "Member",
+    "check_root",
     "content_hash",
     "data_root",
     "lookup",
@@ -240,6 +241,29 @@ def require(name: str, root: str | Path | None = None) -> Path:
         f"{name} is neither in {base} nor in {folder} (no {missing[0]}); set "
         f"data.root=/path/to/your/copy, or fetch it with {entry.command} and leave data.root unset."
     )
+
+
+def check_root(name: str, root: str | None, hint: str = "") -> None:
+    """Raise unless the folder of a configuration is there, and complete if its name is an entry's.
+
+    Args:
+        name: Name of the data set.
+        root: Its folder, or None for data without files.
+        hint: What else to do about a folder that is absent.
+
+    Raises:
+        MissingDataError: If it is not; the message says how to fetch it.
+    """
+    if root is None:
+        return
+    if name in ENTRIES:
+        found = require(name, root)
+        if found != Path(root).expanduser():
+            raise MissingDataError(
+                f"{name} is at {found}, not directly at {root}: set data.root={found}"
+            )
+    elif not Path(root).expanduser().is_dir():
+        raise MissingDataError(f"{name} is not at {root}: set data.root=/path/to/your/copy{hint}")
 
 
 def content_hash(folder: str | Path) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlkit.data.offline import ENTRIES, content_hash, require
-from mlkit.errors import InvalidValueError, MissingDataError
+from mlkit.data.offline import check_root, content_hash
+from mlkit.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from mlkit.data.lightning import ClassificationDataModule
@@ -86,19 +86,12 @@ class DataSpec:
         Raises:
             MissingDataError: If `root` is set and does not exist.
         """
-        if self.root is None or self.downloads:
-            return
-        if self.name in ENTRIES:
-            found = require(self.name, self.root)
-            if found != Path(self.root).expanduser():
-                raise MissingDataError(
-                    f"{self.name} is at {found}, not directly at {self.root}: set data.root={found}"
-                )
-        elif not Path(self.root).is_dir():
-            raise MissingDataError(
-                f"{self.name} is not at {self.root}: set data.root=/path/to/your/copy (its licence "
-                "does not let us ship it), or data.train.download=true data.test.download=true "
-                "where you may fetch it"
+        if not self.downloads:
+            check_root(
+                self.name,
+                self.root,
+                " (its licence does not let us ship it), or data.train.download=true "
+                "data.test.download=true where you may fetch it",
             )
 
     @property

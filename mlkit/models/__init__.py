@@ -1,4 +1,4 @@
-"""Small models for recipes and tests: MLP, CNN, ResNets with the CIFAR stem."""
+"""Networks for recipes and tests: MLP, CNN, CIFAR ResNets, Hugging Face transformers."""
 
 import lazy_loader
 

@@ -3,3 +3,8 @@ from .lightning import Classifier as Classifier
 from .resnet import resnet_cifar as resnet_cifar
 from .small import CNN as CNN
 from .small import MLP as MLP
+from .text_lightning import TransformerModule as TransformerModule
+from .text_lightning import classification_accuracy as classification_accuracy
+from .text_lightning import language_model_loss as language_model_loss
+from .transformers import causal_lm as causal_lm
+from .transformers import sequence_classifier as sequence_classifier
