@@ -15,6 +15,10 @@ from .losses import separability_loss as separability_loss
 from .losses import set_aux_loss_scale as set_aux_loss_scale
 from .module import SparseExpertMLP as SparseExpertMLP
 from .module import lte_layers as lte_layers
+from .packed import PackedExpertMLP as PackedExpertMLP
+from .packing import PackReport as PackReport
+from .packing import pack_for_inference as pack_for_inference
+from .packing import unpack as unpack
 from .schedule import TwoStageSchedule as TwoStageSchedule
 from .stats import LTEFlops as LTEFlops
 from .stats import LTEStats as LTEStats

@@ -153,7 +153,8 @@ def _layer_or_none(site: nn.Module) -> SparseExpertMLP | None:
 
 def _layer(site: nn.Module) -> SparseExpertMLP:
     layer = _layer_or_none(site)
-    assert layer is not None, "a tagged site holds its layer"
+    if layer is None:  # a tagged site holds its layer, or the packed form of it
+        raise RunError("the LTE layers are packed: mlkit.sparsity.unpack(model) first")
     return layer
 
 

@@ -83,6 +83,7 @@ class SparseExpertMLP(nn.Module):
         (8, torch.Size([2, 5, 16]))
     """
 
+    is_packed = False  # by pack_for_inference, which holds the weights meanwhile
     neuron_perm: Tensor
     router: nn.Module
     weight: Tensor  # of a host that is itself the linear layer
@@ -206,6 +207,11 @@ class SparseExpertMLP(nn.Module):
         """Choose "dense", "soft" or "hard"."""
         if mode not in MODES:
             raise InvalidValueError(f"mode must be one of {MODES}, got {mode!r}")
+        if self.is_packed and mode != "hard":
+            raise RunError(
+                f"a packed LTE layer runs in hard mode, got mode={mode!r}: unpack(model) first "
+                "(set_lte_threshold(model, 0.0) runs every expert of a sigmoid router)"
+            )
         self.mode = mode
 
     def set_threshold(self, threshold: float) -> None:
@@ -218,6 +224,7 @@ class SparseExpertMLP(nn.Module):
         """Set the logit of tau, which has more room near 0 and 1."""
         # A tensor: a controller that moves it makes torch.compile compile once.
         self._limit = torch.tensor(float(limit), dtype=torch.float64, device="cpu")
+        self.limit_number = float(limit)  # for a kernel's argument
 
     @property
     def limit(self) -> float:
@@ -364,7 +371,11 @@ def lte_layers(model: nn.Module) -> dict[str, SparseExpertMLP]:
     Raises:
         RunError: If there is none.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, SparseExpertMLP)}
+    found = {}
+    for name, module in model.named_modules():
+        layer = module.__dict__.get("_lte_layer", module)  # a packed one has the layer in it
+        if isinstance(layer, SparseExpertMLP):
+            found[name] = layer
     if not found:
         raise RunError(
             f"{type(model).__name__} has no LTE layer: mlkit.convert(model, LTEConfig(...)) first"

@@ -54,7 +54,9 @@ inline float widen(BF16 v) {
   return f;
 }
 
-enum Activation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+enum Activation : int64_t {
+  kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kTanh, kSigmoid, kActivations
+};
 
 inline float activate(float a, int64_t kind) {
   switch (kind) {
@@ -65,6 +67,14 @@ inline float activate(float a, int64_t kind) {
     case kGeluTanh:
       return 0.5f * a *
           (1.0f + std::tanh(0.79788456080286536f * (a + 0.044715f * a * a * a)));
+    case kQuickGelu:
+      return a / (1.0f + std::exp(-1.702f * a));
+    case kRelu2:
+      return a < 0.0f ? 0.0f : a * a;
+    case kTanh:
+      return std::tanh(a);
+    case kSigmoid:
+      return 1.0f / (1.0f + std::exp(-a));
     default:
       return a < 0.0f ? 0.0f : a;  // keeps NaN, as torch.relu does
   }
@@ -211,6 +221,13 @@ void route(const R* weight, Reader bias, const float* x, int64_t tokens, const S
   });
 }
 
+void take(const bool* mask, int64_t tokens, const Shape& s, uint32_t* bits) {
+  std::fill_n(bits, s.experts, 0u);
+  for (int64_t m = 0; m < tokens; ++m)
+    for (int64_t e = 0; e < s.experts; ++e)
+      bits[e] |= static_cast<uint32_t>(mask[m * s.experts + e]) << m;
+}
+
 // Adds the output of K neurons that follow one another in one expert, for the tokens in `left`.
 template <int K, bool Gated, class W>
 inline void neurons(const W* first, const W* last, const Reader& bias, int64_t at, const float* x,
@@ -275,22 +292,37 @@ void experts(const W* gate_up, const W* down, const Reader& bias, const float* x
   }
 }
 
-Tensor sparse_mlp_cpu(Tensor x, Tensor router_weight, std::optional<Tensor> router_bias,
-                      Tensor gate_up, Tensor down_t, std::optional<Tensor> gate_up_bias,
-                      std::optional<Tensor> down_bias, double threshold, int64_t activation) {
+Tensor sparse_mlp_cpu(Tensor x, std::optional<Tensor> router_weight,
+                      std::optional<Tensor> router_bias, Tensor gate_up, Tensor down_t,
+                      std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                      std::optional<Tensor> mask, double threshold, int64_t activation) {
   STD_TORCH_CHECK(x.dim() >= 1 && down_t.dim() == 3 && gate_up.dim() == 3 && down_t.numel() > 0,
                   "sparse_mlp_cpu: gate_up and down_t must have 3 dimensions, x at least 1");
-  STD_TORCH_CHECK(activation >= kSilu && activation <= kRelu,
-                  "sparse_mlp_cpu: activation must be 0 to 3, got ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations,
+                  "sparse_mlp_cpu: activation must be 0 to ", kActivations - 1, ", got ",
+                  activation);
+  STD_TORCH_CHECK(router_weight.has_value() != mask.has_value() && !(mask && router_bias),
+                  "sparse_mlp_cpu: either a router or a mask");
   STD_TORCH_CHECK(!std::isnan(threshold), "sparse_mlp_cpu: threshold must not be nan");
   Shape s{down_t.size(0), down_t.size(1), down_t.size(2),
           gate_up.size(1) == 2 * down_t.size(1), activation};
   const int64_t H = s.hidden, rows = s.gated ? 2 * s.size : s.size, M = x.numel() / H;
   STD_TORCH_CHECK(x.size(x.dim() - 1) == H, "sparse_mlp_cpu: x must end in ", H, " channels");
-  check_shape(router_weight, "router_weight", {s.experts, H});
   check_shape(gate_up, "gate_up", {s.experts, rows, H});
   const bool half_x = is_bf16(x, "x");
-  const bool half_r = is_bf16(router_weight, "router_weight");
+  bool half_r = false;
+  if (router_weight) {
+    check_shape(*router_weight, "router_weight", {s.experts, H});
+    half_r = is_bf16(*router_weight, "router_weight");
+    router_weight = dense(*router_weight);
+  } else {
+    STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool &&
+                        mask->dim() == x.dim() && mask->numel() == M * s.experts &&
+                        mask->size(mask->dim() - 1) == s.experts,
+                    "sparse_mlp_cpu: mask must be a CPU tensor of bool, one for each token and "
+                    "expert");
+    mask = dense(*mask);
+  }
   const bool half_w = is_bf16(gate_up, "gate_up");
   STD_TORCH_CHECK(half_w == is_bf16(down_t, "down_t"),
                   "sparse_mlp_cpu: gate_up and down_t must have the same type");
@@ -306,7 +338,6 @@ Tensor sparse_mlp_cpu(Tensor x, Tensor router_weight, std::optional<Tensor> rout
   const Reader bw = reader(gate_up_bias, "gate_up_bias", {s.experts, rows});
   const Reader bd = reader(down_bias, "down_bias", {H});
   x = dense(x);
-  router_weight = dense(router_weight);
   gate_up = dense(gate_up);
   down_t = dense(down_t);
 
@@ -319,11 +350,13 @@ Tensor sparse_mlp_cpu(Tensor x, Tensor router_weight, std::optional<Tensor> rout
     const int64_t tokens = std::min(kTile, M - start);
     for (int64_t i = 0; i < tokens * H; ++i) tile[i] = in.at(start * H + i);
     const float limit = static_cast<float>(threshold);
-    if (half_r)
-      route(static_cast<const BF16*>(router_weight.data_ptr()), br, tile.data(), tokens, s,
+    if (mask)
+      take(static_cast<const bool*>(mask->data_ptr()) + start * s.experts, tokens, s, bits.data());
+    else if (half_r)
+      route(static_cast<const BF16*>(router_weight->data_ptr()), br, tile.data(), tokens, s,
             limit, bits.data());
     else
-      route(static_cast<const float*>(router_weight.data_ptr()), br, tile.data(), tokens, s,
+      route(static_cast<const float*>(router_weight->data_ptr()), br, tile.data(), tokens, s,
             limit, bits.data());
     std::fill(y.begin(), y.end(), 0.0f);
     const auto run_experts = [&](auto gated, auto type) {
@@ -351,8 +384,8 @@ Tensor sparse_mlp_cpu(Tensor x, Tensor router_weight, std::optional<Tensor> rout
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlkit, m) {
   m.def(
-      "sparse_mlp_cpu(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor gate_up, "
-      "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, float threshold, "
+      "sparse_mlp_cpu(Tensor x, Tensor? router_weight, Tensor? router_bias, Tensor gate_up, "
+      "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, Tensor? mask, float threshold, "
       "int activation) -> Tensor");
 }
 

@@ -7,18 +7,19 @@ of the backend is made inside the op, so that `torch.compile` sees one opaque ca
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mlkit.errors import InvalidTypeError, InvalidValueError, RunError, nearest
+from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels._build import cpu_kernel_failure, load_cpu_kernel
+from mlkit_kernels.sparse_mlp.arguments import BACKENDS, check_arguments
+from mlkit_kernels.sparse_mlp.dense import sparse_mlp_dense
 from mlkit_kernels.sparse_mlp.reference import (
     ACTIVATIONS,
     sparse_mlp_backward,
@@ -27,12 +28,12 @@ from mlkit_kernels.sparse_mlp.reference import (
 
 __all__ = ["BACKENDS", "MAX_DECODE_TOKENS", "available_backends", "sparse_mlp"]
 
-BACKENDS = ("auto", "reference", "cpp", "triton")
 MAX_DECODE_TOKENS = 8
 """Tokens up to which `auto` takes a decode kernel; past them one reads nearly all experts."""
 
 _SOURCES = (Path(__file__).with_name("cpu.cpp"),)
-_CODES = {name: code for code, name in enumerate(("silu", "gelu", "gelu_tanh", "relu"))}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+"""Numbers of the activations in the compiled kernels, in the order of the table."""
 _CPP_TYPES = (torch.float32, torch.bfloat16)
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,9 +42,9 @@ _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # of what a layer of bf16 at 95 % sparsity takes.
 _library = torch.library.Library("mlkit", "FRAGMENT")
 _library.define(
-    "sparse_mlp(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor gate_up, "
-    "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, float threshold, str activation, "
-    "str backend) -> Tensor"
+    "sparse_mlp(Tensor x, Tensor? router_weight, Tensor? router_bias, Tensor gate_up, "
+    "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, Tensor? mask, float threshold, "
+    "str activation, str backend) -> Tensor"
 )
 
 _direct: Callable[..., Tensor] | None = None
@@ -78,10 +79,10 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
     Example:
         >>> available_backends("meta")
-        ('reference',)
+        ('dense', 'reference')
     """
     device = torch.device(device)
-    found = ["reference"]
+    found = ["dense", "reference"]
     if device.type == "cpu" and _cpp_loads():
         found.insert(0, "cpp")
     if device.type == "cuda" and _triton_refusal(device) is None:
@@ -102,18 +103,23 @@ def _resolve(backend: str, tensors: tuple[Tensor | None, ...], x: Tensor, same_t
     if backend == "reference":
         return backend
     if backend == "auto":
-        if not same_type or not _is_decode(x):
+        if not same_type:
             return "reference"
-        if x.device.type == "cpu":
-            return "cpp" if _types_fit(tensors, _CPP_TYPES) and _cpp_loads() else "reference"
-        if x.device.type == "cuda" and _types_fit(tensors, _TRITON_TYPES):
-            return "triton" if _triton_refusal(x.device) is None else "reference"
-        return "reference"
+        device = x.device.type
+        if _is_decode(x):
+            if device == "cpu" and _types_fit(tensors, _CPP_TYPES) and _cpp_loads():
+                return "cpp"
+            if device == "cuda" and _types_fit(tensors, _TRITON_TYPES):
+                return "triton" if _triton_refusal(x.device) is None else "dense"
+        return "dense"
+    if backend == "dense" and same_type:
+        return backend
     allowed = _CPP_TYPES if backend == "cpp" else _TRITON_TYPES
     if not _types_fit(tensors, allowed) or not same_type:
         got = ", ".join(sorted({str(t.dtype) for t in tensors if t is not None}))
+        taken = "any types" if backend == "dense" else ", ".join(map(str, allowed))
         raise InvalidTypeError(
-            f"backend={backend!r} takes {', '.join(map(str, allowed))}, with gate_up and down_t "
+            f"backend={backend!r} takes {taken}, with gate_up and down_t "
             f"of one type; got {got}. Cast the tensors or use backend='reference'."
         )
     if backend == "cpp":
@@ -140,12 +146,13 @@ def _resolve(backend: str, tensors: tuple[Tensor | None, ...], x: Tensor, same_t
 
 def _forward(
     x: Tensor,
-    router_weight: Tensor,
+    router_weight: Tensor | None,
     router_bias: Tensor | None,
     gate_up: Tensor,
     down_t: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    mask: Tensor | None,
     threshold: float,
     activation: str,
     backend: str,
@@ -153,12 +160,14 @@ def _forward(
     tensors = (x, router_weight, router_bias, gate_up, down_t, gate_up_bias, down_bias)
     chosen = _resolve(backend, tensors, x, gate_up.dtype == down_t.dtype)
     if chosen == "cpp":
-        return torch.ops.mlkit.sparse_mlp_cpu.default(*tensors, threshold, _CODES[activation])
+        return torch.ops.mlkit.sparse_mlp_cpu.default(*tensors, mask, threshold, _CODES[activation])
+    options: dict[str, Any] = {"mask": mask, "threshold": threshold, "activation": activation}
     if chosen == "triton":
         from mlkit_kernels.sparse_mlp.triton import sparse_mlp_triton
 
-        return sparse_mlp_triton(*tensors, threshold=threshold, activation=activation)
-    return sparse_mlp_reference(*tensors, threshold=threshold, activation=activation)
+        return sparse_mlp_triton(*tensors, **options)
+    run = sparse_mlp_dense if chosen == "dense" else sparse_mlp_reference
+    return run(*tensors, **options)
 
 
 def _fake(x: Tensor, *others: object) -> Tensor:
@@ -176,11 +185,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    *inputs, down_bias = tensors
+    *inputs, down_bias, mask = ctx.saved_tensors
     grads = sparse_mlp_backward(
         grad,
         *inputs,
+        mask=mask,
         threshold=ctx.threshold,
         activation=ctx.activation,
     )
@@ -194,6 +203,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_down,
         None if gate_up_bias is None else d_bias.to(gate_up_bias.dtype),
         None if down_bias is None else d_down_bias.to(down_bias.dtype),
+        None,  # mask
         None,
         None,
         None,
@@ -207,97 +217,16 @@ torch.library.register_autograd(
 )
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InvalidValueError(
-            f"{name} must have shape {shape} ({meaning}), got {tuple(tensor.shape)}."
-        )
-
-
-def _check(
-    x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    gate_up: Tensor,
-    down_t: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    threshold: float,
-    activation: str,
-    backend: str,
-) -> None:
-    if down_t.dim() != 3:
-        raise InvalidValueError(
-            "down_t must have shape (experts, neurons per expert, hidden), "
-            f"got {tuple(down_t.shape)}; it is the down projection's weight, transposed."
-        )
-    experts, size, hidden = down_t.shape
-    if experts == 0 or size == 0 or hidden == 0:
-        raise InvalidValueError(f"down_t must hold at least one value, got {tuple(down_t.shape)}.")
-    if x.dim() == 0 or x.shape[-1] != hidden:
-        raise InvalidValueError(
-            f"x must end in hidden={hidden} (the last dimension of down_t), got {tuple(x.shape)}."
-        )
-    if gate_up.dim() != 3 or gate_up.shape[1] not in (size, 2 * size):
-        raise InvalidValueError(
-            f"gate_up must have shape ({experts}, {2 * size}, {hidden}) for a gated MLP or "
-            f"({experts}, {size}, {hidden}) without a gate, got {tuple(gate_up.shape)}."
-        )
-    rows = gate_up.shape[1]
-    _expect("gate_up", gate_up, (experts, rows, hidden), "experts, rows, hidden")
-    _expect("router_weight", router_weight, (experts, hidden), "experts, hidden")
-    if router_bias is not None:
-        _expect("router_bias", router_bias, (experts,), "experts")
-    if gate_up_bias is not None:
-        _expect("gate_up_bias", gate_up_bias, (experts, rows), "experts, rows of gate_up")
-    if down_bias is not None:
-        _expect("down_bias", down_bias, (hidden,), "hidden")
-    for name, tensor in (
-        ("x", x),
-        ("router_weight", router_weight),
-        ("router_bias", router_bias),
-        ("gate_up", gate_up),
-        ("down_t", down_t),
-        ("gate_up_bias", gate_up_bias),
-        ("down_bias", down_bias),
-    ):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise InvalidTypeError(
-                f"{name} must be of a floating-point type, got {tensor.dtype}; "
-                "quantised weights must be dequantised first."
-            )
-        if tensor.device != x.device:
-            raise InvalidValueError(
-                f"{name} is on {tensor.device} but x is on {x.device}; move one to the other."
-            )
-    if math.isnan(threshold):
-        raise InvalidValueError(
-            "threshold must be a logit (a number, inf or -inf), got nan; "
-            "for a score tau in (0, 1) pass log(tau / (1 - tau))."
-        )
-    if activation not in ACTIVATIONS:
-        raise InvalidValueError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
-            f"{nearest(str(activation), ACTIVATIONS)}"
-        )
-    if backend not in BACKENDS:
-        raise InvalidValueError(
-            f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; "
-            f"{nearest(str(backend), BACKENDS)}"
-        )
-
-
 def sparse_mlp(
     x: Float[Tensor, "*batch hidden"],
-    router_weight: Float[Tensor, "experts hidden"],
+    router_weight: Float[Tensor, "experts hidden"] | None,
     router_bias: Float[Tensor, " experts"] | None,
     gate_up: Float[Tensor, "experts rows hidden"],
     down_t: Float[Tensor, "experts size hidden"],
     gate_up_bias: Float[Tensor, "experts rows"] | None = None,
     down_bias: Float[Tensor, " hidden"] | None = None,
     *,
+    mask: Bool[Tensor, "*batch experts"] | None = None,
     threshold: float = 0.0,
     activation: str = "silu",
     backend: str = "auto",
@@ -327,17 +256,19 @@ def sparse_mlp(
 
     Args:
         x: Tokens; any leading dimensions, zero tokens included.
-        router_weight: One row per expert.
+        router_weight: One row per expert; None where a `mask` says which experts run.
         router_bias: One number per expert, or None.
         gate_up: See the layout.
         down_t: See the layout.
         gate_up_bias: Bias of the rows of `gate_up`.
         down_bias: Added once for each token, also where no expert is selected.
+        mask: The experts of each token, chosen by something else than router and threshold.
         threshold: The logit that a router's output must exceed (equal is off, NaN is off):
             log(tau / (1 - tau)) for the paper's tau; -inf runs all experts, inf none.
-        activation: `silu`, `gelu`, `gelu_tanh` or `relu`.
+        activation: `silu`, `gelu`, `gelu_tanh`, `quick_gelu`, `relu`, `relu2`, `tanh` or
+            `sigmoid`.
         backend: `auto` takes the decode kernel of x's device for at most 8 tokens, if it can be
-            had, else the reference; the others insist.
+            had, else `dense`; the others insist.
 
     Raises:
         InvalidValueError: If shapes, devices, `threshold` or a name do not fit.
@@ -369,10 +300,11 @@ def sparse_mlp(
                 down_t,
                 gate_up_bias,
                 down_bias,
+                mask,
                 threshold,
                 _CODES[activation],
             )
-    _check(
+    check_arguments(
         x,
         router_weight,
         router_bias,
@@ -380,11 +312,15 @@ def sparse_mlp(
         down_t,
         gate_up_bias,
         down_bias,
+        mask,
         threshold,
         activation,
         backend,
     )
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    tokens, chosen = x, mask
+    if x.dim() != 2:
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen = None if mask is None else mask.reshape(-1, mask.shape[-1])
     y = torch.ops.mlkit.sparse_mlp.default(
         tokens,
         router_weight,
@@ -393,6 +329,7 @@ def sparse_mlp(
         down_t,
         gate_up_bias,
         down_bias,
+        chosen,
         threshold,
         activation,
         backend,

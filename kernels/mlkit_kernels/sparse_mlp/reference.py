@@ -22,15 +22,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+    "quick_gelu": lambda a: a * torch.sigmoid(1.702 * a),
     "relu": F.relu,
+    "relu2": lambda a: F.relu(a).square(),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 """Activation functions by the name that the op takes."""
+
+
+def _quick_gelu_backward(grad: Tensor, a: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * a)
+    return grad * s * (1 + 1.702 * a * (1 - s))
+
 
 _ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda grad, a: _aten.silu_backward(grad, a),
     "gelu": lambda grad, a: _aten.gelu_backward(grad, a),
     "gelu_tanh": lambda grad, a: _aten.gelu_backward(grad, a, approximate="tanh"),
+    "quick_gelu": _quick_gelu_backward,
     "relu": lambda grad, a: _aten.threshold_backward(grad, a, 0),
+    "relu2": lambda grad, a: grad * 2 * F.relu(a),
+    "tanh": lambda grad, a: _aten.tanh_backward(grad, torch.tanh(a)),
+    "sigmoid": lambda grad, a: _aten.sigmoid_backward(grad, torch.sigmoid(a)),
 }
 
 
@@ -69,6 +83,19 @@ def expert_mask(
     return F.linear(x.to(dtype), router_weight.to(dtype), _cast(router_bias, dtype)) > threshold
 
 
+def _selected(
+    x: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    mask: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    if mask is not None:
+        return mask
+    assert router_weight is not None, "router_weight or mask"
+    return expert_mask(x, router_weight, router_bias, threshold)
+
+
 def _pre_activations(x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
     """Return the input of the activation (and of the gate's product), [tokens, experts, rows]."""
     flat = F.linear(x, gate_up.flatten(0, 1), None if bias is None else bias.flatten())
@@ -77,13 +104,14 @@ def _pre_activations(x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
 
 def sparse_mlp_reference(
     x: Float[Tensor, "tokens hidden"],
-    router_weight: Float[Tensor, "experts hidden"],
+    router_weight: Float[Tensor, "experts hidden"] | None,
     router_bias: Float[Tensor, " experts"] | None,
     gate_up: Float[Tensor, "experts rows hidden"],
     down_t: Float[Tensor, "experts size hidden"],
     gate_up_bias: Float[Tensor, "experts rows"] | None = None,
     down_bias: Float[Tensor, " hidden"] | None = None,
     *,
+    mask: Bool[Tensor, "tokens experts"] | None = None,
     threshold: float = 0.0,
     activation: str = "silu",
 ) -> Float[Tensor, "tokens hidden"]:
@@ -103,18 +131,19 @@ def sparse_mlp_reference(
 
     Args:
         x: Tokens; the result has their type.
-        router_weight: See `expert_mask`.
+        router_weight: See `expert_mask`; None if there is a mask.
         router_bias: See `expert_mask`.
         gate_up: Rows of the gate then of the up projection for each expert, or of up alone.
         down_t: The down projection, transposed: row j belongs to neuron j of its expert.
         gate_up_bias: Bias of the rows of `gate_up`.
         down_bias: Added once for each token, also where no expert is selected.
+        mask: The experts of each token, where something else than this router chose them.
         threshold: A logit, see `expert_mask`.
         activation: A key of `ACTIVATIONS`.
     """
     dtype = _compute_dtype(x)
     size = down_t.shape[1]
-    mask = expert_mask(x, router_weight, router_bias, threshold)
+    mask = _selected(x, router_weight, router_bias, mask, threshold)
     pre = _pre_activations(x.to(dtype), gate_up.to(dtype), _cast(gate_up_bias, dtype))
     h = ACTIVATIONS[activation](pre[..., :size])
     if gate_up.shape[1] != size:
@@ -129,12 +158,13 @@ def sparse_mlp_reference(
 def sparse_mlp_backward(
     grad: Tensor,
     x: Tensor,
-    router_weight: Tensor,
+    router_weight: Tensor | None,
     router_bias: Tensor | None,
     gate_up: Tensor,
     down_t: Tensor,
     gate_up_bias: Tensor | None,
     *,
+    mask: Tensor | None = None,
     threshold: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +177,7 @@ def sparse_mlp_backward(
     """
     dtype = _compute_dtype(x)
     size = down_t.shape[1]
-    mask = expert_mask(x, router_weight, router_bias, threshold).unsqueeze(-1)
+    mask = _selected(x, router_weight, router_bias, mask, threshold).unsqueeze(-1)
     g, x_, weight, down = (t.to(dtype) for t in (grad, x, gate_up, down_t))
     pre = _pre_activations(x_, weight, _cast(gate_up_bias, dtype))
     a = pre[..., :size]

@@ -25,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlkit_kernels.sparse_mlp.reference import ACTIVATIONS
+
 __all__ = ["MAX_EXPERTS", "sparse_mlp_triton"]
 
 MAX_EXPERTS = 65536
 """The list of selected experts is made by one program."""
 
-_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _ACCUMULATORS = 4096
 
 
@@ -44,8 +46,16 @@ def _activate(a, kind: tl.constexpr):
         # tanh(z) = 1 - 2 / (exp(2 z) + 1), which is right at both ends of exp's range
         z = 0.7978845608028654 * (a + 0.044715 * a * a * a)
         h = 0.5 * a * (2.0 - 2.0 / (tl.exp(2.0 * z) + 1.0))
-    else:
+    elif kind == 3:
+        h = a / (1.0 + tl.exp(-1.702 * a))
+    elif kind == 4:
         h = tl.where(a < 0.0, 0.0, a)
+    elif kind == 5:
+        h = tl.where(a < 0.0, 0.0, a * a)
+    elif kind == 6:
+        h = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    else:
+        h = 1.0 / (1.0 + tl.exp(-a))
     return h
 
 
@@ -87,6 +97,22 @@ def _router_kernel(
     if BIAS:
         logit += tl.load(bias + e, mask=e < experts, other=0.0).to(tl.float32)[None, :]
     on = (logit > threshold) & (m[:, None] < tokens)  # false for NaN
+    tl.store(bits + e, tl.sum(on.to(tl.int32) << m[:, None], 0), mask=e < experts)
+
+
+@triton.jit
+def _mask_kernel(
+    mask,
+    bits,
+    tokens,
+    experts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    m = tl.arange(0, BLOCK_M)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = (m[:, None] < tokens) & (e[None, :] < experts)
+    on = tl.load(mask + m[:, None] * experts + e[None, :], mask=inside, other=0) != 0
     tl.store(bits + e, tl.sum(on.to(tl.int32) << m[:, None], 0), mask=e < experts)
 
 
@@ -248,13 +274,14 @@ def _block(accumulators: int, limit: int) -> int:
 
 def sparse_mlp_triton(
     x: Tensor,
-    router_weight: Tensor,
+    router_weight: Tensor | None,
     router_bias: Tensor | None,
     gate_up: Tensor,
     down_t: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     *,
+    mask: Tensor | None,
     threshold: float,
     activation: str,
 ) -> Tensor:
@@ -268,6 +295,7 @@ def sparse_mlp_triton(
         down_t: [N, S, H].
         gate_up_bias: One number for each row of `gate_up`, or None.
         down_bias: [H] or None.
+        mask: Experts of each token [M, N], instead of the router.
         threshold: A logit.
         activation: A key of `ACTIVATIONS`.
     """
@@ -277,9 +305,7 @@ def sparse_mlp_triton(
     if tokens == 0:
         return y
     gated = gate_up.shape[1] != size
-    x, router_weight, gate_up, down_t = (
-        t.contiguous() for t in (x, router_weight, gate_up, down_t)
-    )
+    x, gate_up, down_t = (t.contiguous() for t in (x, gate_up, down_t))
     biases = [x if b is None else b.contiguous() for b in (router_bias, gate_up_bias, down_bias)]
     block_m = triton.next_power_of_2(tokens)
     lanes = _ACCUMULATORS // block_m
@@ -295,20 +321,31 @@ def sparse_mlp_triton(
     h = torch.empty(tokens, experts, size, dtype=torch.float32, device=x.device)
     partial = torch.empty(splits, tokens, hidden, dtype=torch.float32, device=x.device)
 
-    _router_kernel[(triton.cdiv(experts, block_e),)](
-        x,
-        router_weight,
-        biases[0],
-        bits,
-        float(threshold),
-        tokens,
-        experts,
-        hidden,
-        BIAS=router_bias is not None,
-        BLOCK_M=block_m,
-        BLOCK_E=block_e,
-        BLOCK_H=_block(lanes // block_e, hidden),
-    )
+    if mask is not None:
+        _mask_kernel[(triton.cdiv(experts, 256),)](
+            mask.contiguous().view(torch.uint8),
+            bits,
+            tokens,
+            experts,
+            BLOCK_M=block_m,
+            BLOCK_E=256,
+        )
+    else:
+        assert router_weight is not None, "router_weight or mask"
+        _router_kernel[(triton.cdiv(experts, block_e),)](
+            x,
+            router_weight.contiguous(),
+            biases[0],
+            bits,
+            float(threshold),
+            tokens,
+            experts,
+            hidden,
+            BIAS=router_bias is not None,
+            BLOCK_M=block_m,
+            BLOCK_E=block_e,
+            BLOCK_H=_block(lanes // block_e, hidden),
+        )
     _gate_up_kernel[(1 + experts * tiles,)](
         x,
         gate_up,

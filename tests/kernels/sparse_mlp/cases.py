@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mlkit_kernels.sparse_mlp import expert_mask
 
 FIELDS = (
     "x",
@@ -30,14 +33,20 @@ class Case:
     down_bias: Tensor | None
     threshold: float
     activation: str
+    mask: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, name) for name in FIELDS)
 
     @property
-    def options(self) -> dict[str, float | str]:
-        return {"threshold": self.threshold, "activation": self.activation}
+    def options(self) -> dict[str, Any]:
+        return {"mask": self.mask, "threshold": self.threshold, "activation": self.activation}
+
+    def masked(self) -> "Case":
+        """Return the case with its router's decisions as a mask."""
+        chosen = expert_mask(self.x, self.router_weight, self.router_bias, self.threshold)
+        return dataclasses.replace(self, router_weight=None, router_bias=None, mask=chosen)
 
     def map(self, f) -> "Case":
         changed = {
@@ -107,6 +116,14 @@ def _act(name: str, a: float) -> float:
             return 0.5 * a * (1 + math.erf(a / math.sqrt(2)))
         case "gelu_tanh":
             return 0.5 * a * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        case "quick_gelu":
+            return a / (1 + math.exp(-1.702 * a))
+        case "relu2":
+            return max(a, 0.0) ** 2
+        case "tanh":
+            return math.tanh(a)
+        case "sigmoid":
+            return 1 / (1 + math.exp(-a))
         case _:
             return max(a, 0.0)
 
@@ -167,4 +184,8 @@ KINDS = [
     (False, "gelu"),
     (False, "gelu_tanh"),
     (False, "relu"),
+    (False, "quick_gelu"),
+    (False, "relu2"),
+    (True, "tanh"),
+    (True, "sigmoid"),
 ]

@@ -11,7 +11,7 @@ from mlkit_kernels.sparse_mlp import available_backends, sparse_mlp, sparse_mlp_
 from mlkit_kernels.sparse_mlp import op as op_module
 from tests.kernels.sparse_mlp.cases import FP32_TOLERANCE, KINDS, make, relative_error
 
-BACKENDS = ["auto", "reference", "cpp"]
+BACKENDS = ["auto", "reference", "dense", "cpp"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -32,7 +32,7 @@ def test_opcheck(backend, dtype, bias, requires_grad):
         for tensor in (case.x, case.gate_up, case.down_t, case.gate_up_bias, case.down_bias):
             if tensor is not None:
                 tensor.requires_grad_()
-    args = (*case.tensors, case.threshold, case.activation, backend)
+    args = (*case.tensors, None, case.threshold, case.activation, backend)
     sparse_mlp(*case.tensors, backend=backend)
     torch.library.opcheck(torch.ops.mlkit.sparse_mlp.default, args)
 
@@ -121,7 +121,7 @@ def test_opcheck_of_the_library():
     case = make(2, 3, 2, 8)
     torch.library.opcheck(
         torch.ops.mlkit.sparse_mlp_cpu.default,
-        (*case.tensors, 0.0, 0),
+        (*case.tensors, None, 0.0, 0),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -146,11 +146,11 @@ def test_other_types_run_on_the_reference():
         sparse_mlp(*case.tensors, **case.options, backend="cpp")
 
 
-def test_auto_uses_the_reference_past_eight_tokens(monkeypatch):
+def test_auto_is_dense_past_eight_tokens(monkeypatch):
     calls = []
-    real = op_module.sparse_mlp_reference
+    real = op_module.sparse_mlp_dense
     monkeypatch.setattr(
-        op_module, "sparse_mlp_reference", lambda *a, **k: calls.append(1) or real(*a, **k)
+        op_module, "sparse_mlp_dense", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     case = make(9)
     sparse_mlp(*case.tensors, **case.options)
@@ -175,7 +175,7 @@ def test_cpp_without_a_compiler_says_why(monkeypatch):
     case = make()
     with pytest.raises(RunError, match=r"backend='cpp' cannot run: no C\+\+ compiler.*reference"):
         sparse_mlp(*case.tensors, backend="cpp")
-    assert available_backends() == ("reference",)
+    assert available_backends() == ("dense", "reference")
 
 
 def _without(case, **changes):
