@@ -2,7 +2,7 @@
 
 A default is marked *paper* (sections 4 and 5, appendix tables) or *ours*. The paper says nothing
 about the routers' initial values, the bias, the epsilon of the separability loss, the grouping's
-normalisation and padding; all of that is ours.
+normalisation and padding; all of that is ours, and `docs/decisions/005-*.md` has what was measured.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ class LTEConfig:
     Args:
         expert_size: S, neurons per expert; must divide the width of the layer. 32 (*paper*).
         threshold: tau; an expert runs if its score is above it. In (0, 1), 0.5 (*paper*).
-        eta: Weight of the efficiency loss: the sparsity knob. 0..2 in the paper, 1 is *ours*.
+        eta: Weight of the efficiency loss: the sparsity knob. 0..2 in the paper, 0.2 is *ours*.
         lam: Weight of the separability loss once the schedule is done. 0.5 (*paper*).
-        lam_schedule: Fractions of stage 1 with lambda zero and with a linear ramp to `lam`;
-            (0.5, 0.3), *ours*: with a constant lambda the initial values decide the sparsity.
-        sep_eps: epsilon in 1 / ((G - tau)^2 + epsilon); 1e-3, *ours*: without it the loss is
-            singular where every router starts.
+        lam_schedule: Fractions of stage 1 with lambda zero and with a linear ramp to `lam`; (0, 0),
+            a constant lambda (*paper*).
+        sep_eps: epsilon in 1 / ((G - tau)^2 + epsilon); 0.25, *ours*. The loss is singular without
+            it, and with a small one no score ever crosses tau, so that the initial values decide
+            the sparsity and not eta.
         target_sparsity: Fraction of neurons to skip, reached by `SparsityController`; None leaves
             eta as it is. *Ours*.
         router: "sigmoid" (*paper*: one score per expert), or "topp" (*ours*: a softmax, of which
             the smallest set of experts with cumulative mass `top_p` runs).
         top_p: For router="topp"; in (0, 1]. 0.9, *ours*.
-        router_bias: Whether the router has a bias; the paper's equation has none, True is *ours*.
-        router_init: Initial value of that bias; 2, *ours*: a score of 0.88, so nearly dense.
+        router_init: "centroid" (*ours*): the rows begin as the directions of the experts' mean
+            neurons, those that the grouping clusters; "random": those of `nn.Linear`.
+        router_scale: Length of the rows under "centroid"; 3, *ours*: the standard deviation of the
+            logits where the layer's input is normalised.
+        router_bias: Initial bias, None for no bias; the paper's equation has none, 0.5 is *ours*.
+            `SparsityControl` shifts it once to begin at the target.
         min_experts: Experts that run for every token whatever the scores say. 0 (*paper*).
         grouping: "kmeans" (*paper*), "random" (its ablation) or "none" (neurons as they stand).
         assign: Assignment step of the k-means, see `balanced_kmeans`; "greedy" is *ours*.
@@ -58,22 +63,23 @@ class LTEConfig:
 
     Example:
         >>> LTEConfig(target_sparsity=0.8).lambda_at(0.65)
-        0.25
-        >>> LTEConfig.paper_literal().router_bias
-        False
+        0.5
+        >>> LTEConfig.paper_literal().router_init
+        'random'
     """
 
     expert_size: int = 32
     threshold: float = 0.5
-    eta: float = 1.0
+    eta: float = 0.2
     lam: float = 0.5
-    lam_schedule: Sequence[float] = (0.5, 0.3)
-    sep_eps: float = 1e-3
+    lam_schedule: Sequence[float] = (0.0, 0.0)
+    sep_eps: float = 0.25
     target_sparsity: float | None = None
     router: Literal["sigmoid", "topp"] = "sigmoid"
     top_p: float = 0.9
-    router_bias: bool = True
-    router_init: float = 2.0
+    router_init: Literal["centroid", "random"] = "centroid"
+    router_scale: float = 3.0
+    router_bias: float | None = 0.5
     min_experts: int = 0
     grouping: Literal["kmeans", "random", "none"] = "kmeans"
     assign: Literal["greedy", "exact"] = "greedy"
@@ -97,6 +103,7 @@ class LTEConfig:
         self._check_ranges()
         for name, allowed in (
             ("router", ("sigmoid", "topp")),
+            ("router_init", ("centroid", "random")),
             ("grouping", ("kmeans", "random", "none")),
             ("assign", ("greedy", "exact")),
             ("layer_weighting", ("uniform", "flops")),
@@ -118,6 +125,7 @@ class LTEConfig:
         for name, low, high in (
             ("threshold", 0, 1),
             ("sep_eps", 0, None),
+            ("router_scale", 0, None),
         ):
             value = _number(name, getattr(self, name))
             if not (value > low and (high is None or value < high)):
@@ -128,7 +136,8 @@ class LTEConfig:
                 raise InvalidValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 < _number("top_p", self.top_p) <= 1:
             raise InvalidValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        _number("router_init", self.router_init)
+        if self.router_bias is not None:
+            _number("router_bias", self.router_bias)
         if self.target_sparsity is not None:
             target = _number("target_sparsity", self.target_sparsity)
             if not 0 < target < 1:
@@ -156,13 +165,13 @@ class LTEConfig:
 
     @classmethod
     def paper_literal(cls, **changes: Any) -> LTEConfig:
-        """Return the paper's equations without our devices: no bias, constant lambda, tiny epsilon.
+        """Return the paper's equations without our devices: random rows, no bias, tiny epsilon.
 
         It needs steps with non-finite gradients to be skipped.
         """
         literal: dict[str, Any] = {
-            "router_bias": False,
-            "lam_schedule": (0.0, 0.0),
+            "router_init": "random",
+            "router_bias": None,
             "sep_eps": 1e-6,
         }
         return cls(**(literal | changes))

@@ -1,9 +1,9 @@
 """Controllers that reach a wanted sparsity; ours, all of it.
 
 The paper (Zheng et al. 2024, arXiv 2402.06126) has eta for this, and its figures over eta do not
-carry over from one model or task to another (its figure 10). While there is no separability loss,
-`EtaController` moves eta. Once there is, a score stays on its side of tau whatever eta is, so the
-last points come in stage 2 from tau itself (`ThresholdController`). `SparsityControl` does both.
+carry over from one model or task to another (its figure 10). `SparsityControl` begins at the target
+by a shift of all routers' biases, holds it in stage 1 by eta (`EtaController`), and reaches the
+last points in stage 2, where routers are frozen, by tau itself (`ThresholdController`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from mlkit.errors import InvalidValueError
 from mlkit.sparsity.module import SparseExpertMLP, lte_layers
+from mlkit.sparsity.sample import LogitSample
 from mlkit.sparsity.stats import LTEStats, StatsWindow, set_lte_weights
 
 __all__ = ["EtaController", "SparsityControl", "ThresholdController"]
@@ -50,7 +51,7 @@ class EtaController:
         target: float,
         eta: float = 1.0,
         *,
-        gain: float = 0.2,
+        gain: float = 0.6,
         damping: float = 8.0,
         max_step: float = 0.3,
         eta_min: float = 1e-3,
@@ -158,8 +159,10 @@ class ThresholdController:
 class SparsityControl:
     """Measure a model every few steps, and move eta or the threshold towards a sparsity.
 
-    Call `step` after every optimizer step, on all ranks. With soft routing and lambda 0 it moves
-    eta, with lambda above 0 it waits, with hard routing it moves tau (sigmoid routers only).
+    Call `step` after every optimizer step, on all ranks. The pass between the first two steps of a
+    soft stage 1 says by how much to shift the routers' biases, the same for all layers, so that
+    training goes on at the target (sigmoid routers with a bias only). From then on it moves eta
+    while routing is soft, and tau once it is hard (sigmoid routers only).
 
     Args:
         target: Wanted FFN sparsity in (0, 1).
@@ -178,6 +181,7 @@ class SparsityControl:
         self._steps = 0
         self._is_loaded = False
         self._window: StatsWindow | None = None
+        self._start: LogitSample | None = None
 
     def step(self, model: nn.Module) -> bool:
         """Count a step; return whether a measurement was taken and acted upon."""
@@ -188,22 +192,27 @@ class SparsityControl:
                 self._set_limit(layers)
             self._window, self._is_loaded = StatsWindow(model), False
         self._steps += 1
+        if self._steps == 1 and layers[0].mode == "soft" and LogitSample.fits(layers):
+            self._start = LogitSample(layers)
+        elif self._start is not None:
+            shift = self._start.shift_biases(self.eta.target)
+            self.reason = f"all biases shifted by {shift:+.3g}, to begin at the target"
+            self._start = None
+            self._window.skip()
+            return False
         if self._steps % self.interval or layers[0].mode == "dense":
             return False
         stats: LTEStats = self._window.take(sync=True)
         self.sparsity = min(max(stats.sparsity, 0.0), 1.0)
-        if layers[0].mode == "hard":
-            if layers[0].config.router == "sigmoid":
-                self.threshold.update(self.sparsity)
-                self._set_limit(layers)
-                self.reason = self.threshold.reason
-            else:
-                self.reason = "router='topp' has no threshold to move"
-        elif float(layers[0].group.lam) == 0:
+        if layers[0].mode == "soft":
             set_lte_weights(model, eta=self.eta.update(self.sparsity))
             self.reason = self.eta.reason
+        elif layers[0].config.router == "sigmoid":
+            self.threshold.update(self.sparsity)
+            self._set_limit(layers)
+            self.reason = self.threshold.reason
         else:
-            self.reason = "the separability loss holds the scores; tau moves in stage 2"
+            self.reason = "router='topp' has no threshold to move"
         return True
 
     def _set_limit(self, layers: list[SparseExpertMLP]) -> None:

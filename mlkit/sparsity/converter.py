@@ -20,6 +20,7 @@ from mlkit.sparsity.layout import (
     FFNShape,
     inspect_layout,
     permute_neurons,
+    reading_rows,
 )
 from mlkit.sparsity.module import SparseExpertMLP, _why_not, lte_layers
 from mlkit.sparsity.stock import permute_stock_state
@@ -81,6 +82,7 @@ class LTEConverter:
             if order is not None:
                 permute_neurons(site, layer.shape.tensors, order)
                 layer.neuron_perm.copy_(order)
+                layer.reset_router(site)
             if layer.layout.host:
                 site.register_load_state_dict_pre_hook(permute_stock_state)
         present = [m for m in model.modules() if isinstance(m, SparseExpertMLP)]
@@ -240,12 +242,8 @@ def _order(site: nn.Module, layer: SparseExpertMLP, seed: int) -> Tensor:
     if config.grouping == "random":
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
         return torch.randperm(layer.intermediate_size, generator=generator)
-    owner = layer.layout.gate_proj or layer.layout.in_proj
-    tensor = next(t for t in layer.shape.tensors if t.key == f"{owner}.weight")
-    rows = site.get_parameter(tensor.key).detach()
-    rows = (rows if tensor.dim == 0 else rows.T)[: layer.intermediate_size]
     expert = balanced_kmeans(
-        rows,
+        reading_rows(site, layer.layout, layer.shape),
         config.expert_size,
         seed=config.seed,
         assign=config.assign,

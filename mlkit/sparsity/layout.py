@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["FFNLayout", "FFNShape", "NeuronTensor", "inspect_layout", "permute_neurons"]
+__all__ = [
+    "FFNLayout",
+    "FFNShape",
+    "NeuronTensor",
+    "inspect_layout",
+    "permute_neurons",
+    "reading_rows",
+]
 
 _ADAPTER_CHILD = "base_layer"
 
@@ -123,6 +130,19 @@ def permute_neurons(
         for tensor in tensors:
             parameter = site.get_parameter(tensor.key)
             parameter.copy_(tensor.reorder(parameter, order))
+
+
+def reading_rows(
+    site: nn.Module, layout: FFNLayout, shape: FFNShape
+) -> Float[Tensor, "neurons hidden"]:
+    """Return the weights by which each neuron decides: of the gate if there is one, else its input.
+
+    The paper groups neurons by them (footnote 2).
+    """
+    owner = layout.gate_proj or layout.in_proj
+    tensor = next(t for t in shape.tensors if t.key == f"{owner}.weight")
+    rows = site.get_parameter(tensor.key).detach()
+    return (rows if tensor.dim == 0 else rows.T)[: shape.intermediate_size]
 
 
 def _why_not_linear(name: str, module: nn.Module) -> str | None:

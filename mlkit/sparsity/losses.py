@@ -57,7 +57,7 @@ def separability_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean over tokens and experts of 1 / ((G - tau)^2 + eps) (equation 5, one layer).
 
-    Its floor is 1 / (0.25 + eps), nearly 4, at tau = 0.5: scores of 0 and 1.
+    Its floor is 1 / (0.25 + eps) at tau = 0.5: scores of 0 and 1.
     """
     return _token_mean(((scores - threshold).square() + eps).reciprocal(), mask, tokens)
 

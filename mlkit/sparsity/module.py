@@ -21,7 +21,7 @@ from mlkit.sparsity.config import ACTIVATIONS, MODES, LTEConfig
 from mlkit.sparsity.context import LTEGroup, is_recomputation
 from mlkit.sparsity.counts import LayerCounts
 from mlkit.sparsity.grouping import nearest_valid_sizes
-from mlkit.sparsity.layout import FFNLayout, FFNShape, inspect_layout
+from mlkit.sparsity.layout import FFNLayout, FFNShape, inspect_layout, reading_rows
 from mlkit.sparsity.losses import (
     efficiency_loss,
     inject_aux_loss,
@@ -117,6 +117,7 @@ class SparseExpertMLP(nn.Module):
         shape = inspect_layout(self, layout)
         assert isinstance(shape, FFNShape)
         self._set_up(layout, shape, config or LTEConfig())
+        self.reset_router(self)
 
     @classmethod
     def wrap(
@@ -187,7 +188,7 @@ class SparseExpertMLP(nn.Module):
         self.router = Router(
             self.hidden_size,
             self.num_experts,
-            config.router_init if config.router_bias else None,
+            config.router_bias,
             generator,
             like.device,
             like.dtype,
@@ -196,6 +197,24 @@ class SparseExpertMLP(nn.Module):
         self.register_buffer("neuron_perm", order)
         if not layout.host:
             self.register_load_state_dict_pre_hook(permute_stock_state)
+
+    @torch.no_grad()
+    def reset_router(self, site: nn.Module) -> None:
+        """Let the router's rows point where the experts' mean neurons do, if the config says so.
+
+        A neuron answers to tokens along its row; the mean of an expert's rows is what the grouping
+        calls the centre of a cluster. MoEfication (Zhang et al. 2022) selects by the similarity to
+        it; here it is where training starts.
+
+        Args:
+            site: The module that the names in `layout` are relative to; its neurons are grouped.
+        """
+        weight = self.router.get_parameter("weight")
+        if self.config.router_init == "random" or weight.is_meta:
+            return
+        rows = reading_rows(site, self.layout, self.shape).float()
+        centres = rows.unflatten(0, (self.num_experts, self.expert_size)).mean(1)
+        weight.copy_(F.normalize(centres, dim=1) * self.config.router_scale)
 
     def _local(self, name: str | None) -> str | None:
         host = self.layout.host

@@ -23,7 +23,8 @@ class Router(nn.Linear):
     """A linear layer whose logits are computed in float32 at least, outside autocast.
 
     Training and serving then agree about scores near the threshold. Weights begin as those of
-    `nn.Linear`, uniform in +-1/sqrt(hidden_size), from the generator.
+    `nn.Linear`, uniform in +-1/sqrt(hidden_size), from the generator (see also
+    `LTEConfig.router_init`).
 
     Args:
         hidden_size: H.
@@ -41,7 +42,7 @@ class Router(nn.Linear):
         self,
         hidden_size: int,
         num_experts: int,
-        bias_init: float | None = 2.0,
+        bias_init: float | None = 0.5,
         generator: torch.Generator | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,

@@ -52,7 +52,8 @@ class TwoStageSchedule:
     Example:
         >>> from mlkit.sparsity import LTEConfig
         >>> schedule = TwoStageSchedule(100)
-        >>> [schedule.plan(step, LTEConfig()).lam for step in (0, 25, 40, 50)]
+        >>> late = LTEConfig(lam_schedule=(0.5, 0.3))
+        >>> [schedule.plan(step, late).lam for step in (0, 25, 40, 50)]
         [0.0, 0.0, 0.5, 0.5]
         >>> schedule.plan(50, LTEConfig()).mode
         'hard'

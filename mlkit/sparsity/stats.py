@@ -42,7 +42,7 @@ class LayerStats:
     Args:
         sparsity: Fraction of experts that did not run (or would not, in soft mode).
         eff: Efficiency loss.
-        sep: Separability loss; its floor, at scores of 0 and 1, is nearly 4.
+        sep: Separability loss; its floor, at scores of 0 and 1, is 1 / (0.25 + sep_eps).
         undecided: Fraction of scores within 0.1 of the threshold.
         tokens: Number of valid tokens.
         nan: Number of NaN scores.

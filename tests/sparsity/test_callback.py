@@ -51,7 +51,7 @@ def trainer(tmp_path, *callbacks, **changes):
 
 
 def test_two_stages_in_a_fit(tmp_path):
-    model, schedule = module(), LTESchedule()
+    model, schedule = module(lam_schedule=(0.5, 0.3)), LTESchedule()
     fit = trainer(tmp_path, schedule)
     fit.fit(model, loader())
     modes = [mode for mode, _, _ in model.seen]

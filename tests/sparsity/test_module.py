@@ -31,7 +31,9 @@ from tests.sparsity import tiny
 
 
 def layer(gated=True, bias=True, dtype=torch.float64, **changes):
-    config = LTEConfig(**({"expert_size": 8, "router_init": 0.0} | changes))
+    config = LTEConfig(
+        **({"expert_size": 8, "router_init": "random", "router_bias": 0.0} | changes)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = SparseExpertMLP(10, 40, config, gated=gated, bias=bias, dtype=dtype)
@@ -197,7 +199,7 @@ def explicit(model, value, eta, lam, mask=None):
     for m in layers:
         scores = torch.sigmoid(m.router(inputs[id(m)]))
         total = total + eta * efficiency_loss(scores, mask) / len(layers)
-        total = total + lam * separability_loss(scores, 0.5, 1e-3, mask) / len(layers)
+        total = total + lam * separability_loss(scores, 0.5, 0.25, mask) / len(layers)
     return output, total
 
 

@@ -1,11 +1,19 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 import mlkit
 from mlkit.errors import InvalidValueError
-from mlkit.sparsity import LTEConfig, lte_layers, lte_stats, set_lte_mode
+from mlkit.sparsity import (
+    LTEConfig,
+    lte_context,
+    lte_layers,
+    lte_stats,
+    reset_lte_stats,
+    set_lte_mode,
+)
 from mlkit.sparsity.control import EtaController, SparsityControl, ThresholdController
 from mlkit.sparsity.schedule import TwoStageSchedule, drop_router_state
 from tests.sparsity import toy
@@ -13,12 +21,12 @@ from tests.sparsity import toy
 
 def converted(**changes):
     model = toy.Net()
-    mlkit.convert(model, LTEConfig(expert_size=8, grouping="none", **changes))
+    mlkit.convert(model, LTEConfig(**({"expert_size": 8, "grouping": "none", "eta": 1} | changes)))
     return model
 
 
 def test_plan_is_two_stages_with_lambda_late():
-    schedule, config = TwoStageSchedule(20, 0.5), LTEConfig()
+    schedule, config = TwoStageSchedule(20, 0.5), LTEConfig(lam_schedule=(0.5, 0.3))
     plans = [schedule.plan(step, config) for step in range(20)]
     assert [p.mode for p in plans] == ["soft"] * 10 + ["hard"] * 10
     assert [p.stage for p in plans] == [1] * 10 + [2] * 10
@@ -27,8 +35,8 @@ def test_plan_is_two_stages_with_lambda_late():
     assert lams == sorted(lams)
     assert lams[8:] == [0.5] * 12
     assert "without separability" in plans[0].reason
-    literal = [schedule.plan(s, LTEConfig.paper_literal()).lam for s in (0, 9)]
-    assert literal == [0.5, 0.5]
+    for constant in (LTEConfig(), LTEConfig.paper_literal()):
+        assert [schedule.plan(s, constant).lam for s in (0, 9)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -114,33 +122,60 @@ def test_bad_controllers(make, message):
 
 def test_control_acts_by_stage_and_goes_on_from_its_state():
     model, x = converted(), toy.data(64, 3)[0]
-    control = SparsityControl(0.5, interval=2)
+    control = SparsityControl(0.5, interval=3)
 
-    def run(mode, lam):
+    def run(mode):
         set_lte_mode(model, mode)
-        for layer in lte_layers(model).values():
-            layer.group.set_weights(lam=lam)
         model(x)
         return control.step(model)
 
-    assert not run("soft", 0.0)
-    assert run("soft", 0.0)
+    assert [run("soft") for _ in range(3)] == [False, False, True]
     assert "eta 1 ->" in control.reason
     eta = control.eta.eta
     assert float(next(iter(lte_layers(model).values())).group.eta) == pytest.approx(eta)
-    assert not run("soft", 0.1)
-    assert run("soft", 0.1)
-    assert "tau moves in stage 2" in control.reason
+    assert [run("hard") for _ in range(3)] == [False, False, True]
     assert control.eta.eta == eta
-    assert not run("hard", 0.5)
-    assert run("hard", 0.5)
-    assert "logit of tau 0 -> 0.25" in control.reason
-    assert {m.limit for m in lte_layers(model).values()} == {0.25}
-    fresh, other = SparsityControl(0.5, interval=2), converted(mode="hard")
+    assert "logit of tau 0 ->" in control.reason
+    limit = control.threshold.limit
+    assert {m.limit for m in lte_layers(model).values()} == {limit}
+    fresh, other = SparsityControl(0.5, interval=3), converted(mode="hard")
     fresh.load_state_dict(control.state_dict())
     other(x)
     assert not fresh.step(other)
-    assert {m.limit for m in lte_layers(other).values()} == {0.25}
+    assert {m.limit for m in lte_layers(other).values()} == {limit}
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.9])
+def test_control_begins_at_the_target_by_one_shift_of_all_biases(target):
+    model, x = converted(router_bias=1.0), toy.data(256, 3)[0]
+    control = SparsityControl(target, interval=100)
+    control.step(model)
+    with lte_context(torch.arange(256).reshape(1, 256) < 200):
+        model(x.unsqueeze(0))
+    assert not control.step(model)
+    assert "to begin at the target" in control.reason
+    biases = torch.cat([m.router.bias.detach() for m in lte_layers(model).values()])
+    assert biases.unique().numel() == 1
+    reset_lte_stats(model)
+    model(x[:200])
+    assert lte_stats(model).sparsity == pytest.approx(target, abs=2e-3)
+    before = biases.clone()
+    model(x)
+    control.step(model)
+    assert torch.equal(torch.cat([m.router.bias for m in lte_layers(model).values()]), before)
+
+
+def test_no_shift_where_it_would_change_nothing():
+    for changes in ({"router": "topp"}, {"router_bias": None}, {"mode": "hard"}):
+        model, x = converted(**changes), toy.data(64, 3)[0]
+        before = copy.deepcopy(model.state_dict())
+        control = SparsityControl(0.5, interval=100)
+        for _ in range(3):
+            model(x)
+            control.step(model)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        hooks = [m.router._forward_hooks for m in lte_layers(model).values()]
+        assert not any(hooks)
 
 
 # ------------------------------------------------------------------- learning
@@ -155,18 +190,27 @@ def spearman(values):
 def test_sparsity_is_a_function_of_eta():
     found = [
         toy.lte(LTEConfig(expert_size=8, eta=eta), steps=300)[1].sparsity
-        for eta in (0.1, 0.25, 0.4, 0.7, 2.0)
+        for eta in (0.1, 0.25, 0.5, 1.0, 2.0)
     ]
     assert spearman(found) > 0.8
-    assert found[-1] - found[0] > 0.3
+    assert found[-1] - found[0] > 0.2
+
+
+def test_with_a_small_epsilon_the_initial_values_decide_and_not_eta():
+    """Decision 005, after spec 2.6: no score crosses the barrier of 1/eps."""
+    literal = {"expert_size": 8, "router_init": "random", "router_bias": None, "sep_eps": 1e-3}
+    found = [
+        toy.lte(LTEConfig(**literal, eta=eta), steps=300)[1].sparsity for eta in (0.25, 0.5, 1.0)
+    ]
+    assert max(found) - min(found) < 0.05
 
 
 def test_separability_takes_scores_away_from_the_threshold():
     undecided = {
-        lam: toy.lte(LTEConfig(expert_size=8, eta=0.3, lam=lam), steps=300)[1].undecided
+        lam: toy.lte(LTEConfig(expert_size=8, eta=0.3, lam=lam, sep_eps=0.05), steps=300)[1]
         for lam in (0.0, 0.5)
     }
-    assert undecided[0.5] < 0.05 < undecided[0.0]
+    assert undecided[0.5].undecided < 0.05 < undecided[0.0].undecided
 
 
 @pytest.mark.parametrize("target", [0.5, 0.75, 0.9])
@@ -178,10 +222,13 @@ def test_controller_reaches_the_target_within_three_points(target):
     assert lte_stats(model).nan == 0
 
 
-def test_trained_routers_beat_random_ones_at_the_same_sparsity_and_steps():
-    config = LTEConfig(expert_size=8, target_sparsity=0.5)
+@pytest.mark.parametrize("target", [0.5, 0.75])
+def test_trained_routers_beat_random_ones_at_the_same_sparsity_and_steps(target):
+    config = LTEConfig(expert_size=8, target_sparsity=target)
     _, trained, accuracy = toy.lte(config)
-    _, random, random_accuracy = toy.lte(config, train_routers=False)
+    _, random, random_accuracy = toy.lte(
+        dataclasses.replace(config, router_init="random"), train_routers=False
+    )
     assert abs(trained.sparsity - random.sparsity) <= 0.03
-    # Measured 0.789 and 0.760; the standard error on 4096 test rows is 0.006.
+    # Measured 0.778 and 0.758 at 0.5, 0.768 and 0.749 at 0.75; the standard error is 0.006.
     assert accuracy > random_accuracy + 0.01

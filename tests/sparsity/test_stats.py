@@ -61,7 +61,7 @@ def test_statistics_by_layer_and_their_table():
     assert [s.sparsity for s in stats.layers.values()] == pytest.approx([5 / 6, 1 / 6])
     assert stats.sparsity == pytest.approx(0.5)
     assert stats.eff == pytest.approx(0.5, abs=1e-3)
-    assert stats.sep == pytest.approx(4, abs=0.02)
+    assert stats.sep == pytest.approx(1 / (0.25 + 0.25), abs=0.02)
     assert stats.undecided == 0
     assert "model.layers.1.mlp     0.167" in str(stats)
     assert lte_flops(model, stats).skipped == pytest.approx(0.5 * lte_flops(model, 0).ffn)
