@@ -13,8 +13,10 @@ from .losses import aux_loss_scale as aux_loss_scale
 from .losses import efficiency_loss as efficiency_loss
 from .losses import separability_loss as separability_loss
 from .losses import set_aux_loss_scale as set_aux_loss_scale
+from .magnitude import MagnitudeThreshold as MagnitudeThreshold
 from .module import SparseExpertMLP as SparseExpertMLP
 from .module import lte_layers as lte_layers
+from .moefication import TopKExperts as TopKExperts
 from .packed import PackedExpertMLP as PackedExpertMLP
 from .packing import PackReport as PackReport
 from .packing import pack_for_inference as pack_for_inference

@@ -31,7 +31,7 @@ from mlkit.sparsity.losses import (
 from mlkit.sparsity.router import Router, router_scores, select_experts, threshold_logit
 from mlkit.sparsity.stock import permute_stock_state
 
-__all__ = ["SparseExpertMLP", "lte_layers"]
+__all__ = ["SparseExpertMLP", "lte_layers", "site_of"]
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -400,6 +400,18 @@ def lte_layers(model: nn.Module) -> dict[str, SparseExpertMLP]:
             f"{type(model).__name__} has no LTE layer: mlkit.convert(model, LTEConfig(...)) first"
         )
     return found
+
+
+def site_of(model: nn.Module, name: str, layer: SparseExpertMLP) -> nn.Module:
+    """Return the module that the names in a layer's layout are relative to.
+
+    Args:
+        model: Holds the layer.
+        name: Of the layer in the model.
+        layer: The layer.
+    """
+    host = layer.layout.host
+    return model.get_submodule(name.removesuffix(host).removesuffix(".")) if host else layer
 
 
 def _why_not(shape: FFNShape, config: LTEConfig) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from mlkit.convert import _TAG
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError, nearest
 from mlkit.sparsity.blocks import pack_pieces, pieces_of
-from mlkit.sparsity.module import SparseExpertMLP, lte_layers
+from mlkit.sparsity.module import SparseExpertMLP, lte_layers, site_of
 from mlkit.sparsity.packed import PackedExpertMLP
 from mlkit_kernels.sparse_mlp import ACTIVATIONS, available_backends
 
@@ -151,7 +151,7 @@ def unpack(model: nn.Module) -> list[str]:
         raise RunError(f"no layer of {type(model).__name__} is packed: there is nothing to undo")
     for name, packed in found.items():
         layer = packed.layer
-        site = _site(model, name, layer)
+        site = site_of(model, name, layer)
         if layer.layout.host:
             _set(site, layer.layout.out_proj, packed.__dict__.pop("_out_proj"))
         _replace(model, packed, layer)
@@ -170,7 +170,7 @@ def _plan(model: nn.Module, name: str, layer: SparseExpertMLP, dtype: torch.dtyp
             "(nn.Sequential(model))"
         )
     layout = layer.layout
-    site = _site(model, name, layer)
+    site = site_of(model, name, layer)
     if layer.shape.out_size != layer.hidden_size:
         raise InvalidValueError(
             f"{name!r} maps {layer.hidden_size} channels to {layer.shape.out_size}; only layers "
@@ -266,12 +266,6 @@ def _fill(site: nn.Module, packed: PackedExpertMLP) -> None:
 
 
 # ----------------------------------------------------------------------- modules
-
-
-def _site(model: nn.Module, name: str, layer: SparseExpertMLP) -> nn.Module:
-    """Return the module that the names in the layer's layout are relative to."""
-    host = layer.layout.host
-    return model.get_submodule(name.removesuffix(host).removesuffix(".")) if host else layer
 
 
 def _set(module: nn.Module, path: str, child: nn.Module) -> None:
