@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mlkit.convert import Candidate, Cost
+from mlkit.convert import Candidate, Cost, conversions
 from mlkit.errors import InvalidValueError, RunError
 from mlkit.sparsity.config import LTEConfig
 from mlkit.sparsity.context import MaskHook
@@ -38,7 +38,8 @@ class LTEConverter:
         owners = _owners(model)
         found = []
         sites: dict[int, int] = {}
-        for name, layout in find_layouts(model, config):
+        done = [n for n, m in model.named_modules() if isinstance(m, SparseExpertMLP)]
+        for name, layout in find_layouts(model, config, skip=[*done, *conversions(model)]):
             site = model.get_submodule(name)
             checked = layout if isinstance(layout, str) else _check(site, layout, config)
             if isinstance(checked, FFNLayout):

@@ -7,7 +7,7 @@ class's name. `LTEConfig(projections=...)` covers one's own class without any re
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,14 +46,16 @@ def register_ffn_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
     _ADAPTERS[cls] = adapter
 
 
-def find_layouts(model: nn.Module, config: LTEConfig) -> Iterator[tuple[str, FFNLayout | str]]:
+def find_layouts(
+    model: nn.Module, config: LTEConfig, skip: Iterable[str] = ()
+) -> Iterator[tuple[str, FFNLayout | str]]:
     """Yield the feed-forward layers of a model by name: the layout, or why it cannot be converted.
 
-    Nothing is looked for inside of what was found.
+    Nothing is looked for inside of what was found, nor in the modules to skip.
     """
-    found: list[str] = []
+    found = list(skip)
     for name, module in model.named_modules():
-        if any(parent == "" or name.startswith(parent + ".") for parent in found):
+        if any(parent in ("", name) or name.startswith(parent + ".") for parent in found):
             continue
         layout = _layout(module, config)
         if layout is not None:
