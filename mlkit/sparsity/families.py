@@ -7,7 +7,7 @@ class's name. `LTEConfig(projections=...)` covers one's own class without any re
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from mlkit.errors import InvalidTypeError
 from mlkit.sparsity.config import ACTIVATIONS, LTEConfig
 from mlkit.sparsity.layout import FFNLayout
+from mlkit.sparsity.module import SparseExpertMLP
 
 __all__ = ["find_layouts", "register_ffn_adapter"]
 
@@ -46,18 +47,20 @@ def register_ffn_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
     _ADAPTERS[cls] = adapter
 
 
-def find_layouts(
-    model: nn.Module, config: LTEConfig, skip: Iterable[str] = ()
-) -> Iterator[tuple[str, FFNLayout | str]]:
+def find_layouts(model: nn.Module, config: LTEConfig) -> Iterator[tuple[str, FFNLayout | str]]:
     """Yield the feed-forward layers of a model by name: the layout, or why it cannot be converted.
 
-    Nothing is looked for inside of what was found, nor in the modules to skip.
+    Those that are converted already are among them, as the stock layers that they were; those made
+    by the constructor of `SparseExpertMLP` are not. Nothing is looked for inside of what was found.
     """
-    found = list(skip)
+    found: list[str] = []
     for name, module in model.named_modules():
-        if any(parent in ("", name) or name.startswith(parent + ".") for parent in found):
+        if any(parent == "" or name.startswith(parent + ".") for parent in found):
             continue
-        layout = _layout(module, config)
+        if isinstance(module, SparseExpertMLP) and "_stock" not in module.__dict__:
+            found.append(name)
+            continue
+        layout = _layout(module.__dict__.get("_stock", module), config)
         if layout is not None:
             found.append(name)
             yield name, layout
