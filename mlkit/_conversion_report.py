@@ -16,11 +16,14 @@ class Candidate:
         name: Its name in the model.
         kind: Name of its class.
         refusal: Why it cannot be converted; None if it can.
+        left_out: Why the config does not ask for it; None if it does. Not an error, unless nothing
+            remains.
     """
 
     name: str
     kind: str
     refusal: str | None = None
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,10 @@ class Converter(Protocol):
     """
 
     def candidates(self, model: nn.Module, config: Any) -> list[Candidate]:
-        """Every site in the model under the first of its names; refused ones with the reason."""
+        """Every site in the model under the first of its names; refused ones with the reason.
+
+        Converted sites need not be among them, unless the config leaves them out.
+        """
         ...
 
     def build(
@@ -170,19 +173,26 @@ def _apply(
     converter = _converter(config)
     patterns = None if targets == "auto" else _patterns(targets)
     done = conversions(model)
-    _refuse_converted(model, config, patterns, done)
+    candidates = converter.candidates(model, config)
+    left_out = {c.name for c in candidates if c.left_out}
+    _refuse_converted(config, patterns, {n: c for n, c in done.items() if n not in left_out})
     known = [
         candidate
-        for candidate in converter.candidates(model, config)
+        for candidate in candidates
         if not any(candidate.name == name or _is_inside(candidate.name, name) for name in done)
     ]
     wanted = known if patterns is None else _select(model, known, patterns, strict)
+    wanted = [c for c in wanted if c.left_out is None]
     refused = {c.name: c.refusal for c in wanted if c.refusal is not None}
     chosen = [c for c in wanted if c.refusal is None]
     if not known:
         raise InvalidValueError(
             f"{type(config).__name__} finds nothing to convert in {type(model).__name__}; "
             f"the classes of its modules: {_classes(model)}"
+        )
+    if not wanted:
+        raise InvalidValueError(
+            f"nothing is left to convert: {known[0].name} is {known[0].left_out}"
         )
     if refused and (strict or not chosen):
         first = [f"{name}: {reason}" for name, reason in list(refused.items())[:3]]
@@ -203,7 +213,7 @@ def _apply(
             after = converter.cost(model.get_submodule(c.name))
             rows.append(ConversionRow(c.name, c.kind, "replaced", "", before[c.name], after))
         else:
-            reason = c.refusal if c in wanted else "not among the targets"
+            reason = c.refusal if c in wanted else c.left_out or "not among the targets"
             rows.append(ConversionRow(c.name, c.kind, "skipped", reason or ""))
     return ConversionReport(config, tuple(rows))
 
@@ -314,9 +324,7 @@ def _patterns(targets: str | Iterable[str]) -> list[str]:
     return patterns
 
 
-def _refuse_converted(
-    model: nn.Module, config: Any, patterns: list[str] | None, done: Mapping[str, Any]
-) -> None:
+def _refuse_converted(config: Any, patterns: list[str] | None, done: Mapping[str, Any]) -> None:
     same = [name for name, other in done.items() if type(other) is type(config)]
     if patterns is not None:
         same = [name for name in done if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
@@ -336,6 +344,7 @@ def _select(
         aliases.setdefault(id(module), []).append(name)
     chosen: dict[str, Candidate] = {}
     unmatched: list[str] = []
+    left_out: dict[str, Candidate] = {}
     for pattern in patterns:
         if pattern == "":
             raise InvalidValueError(
@@ -350,8 +359,16 @@ def _select(
         chosen |= {c.name: c for c in hits}
         if not hits:
             unmatched.append(pattern)
+        elif all(c.left_out for c in hits):
+            left_out[pattern] = hits[0]
     if unmatched and (strict or not chosen):
         raise InvalidValueError(_no_match(unmatched[0], everything, known))
+    if left_out and (strict or all(c.left_out for c in chosen.values())):
+        pattern, first = next(iter(left_out.items()))
+        raise InvalidValueError(
+            f"target {pattern!r} matches only what the config leaves out: {first.name} is "
+            f"{first.left_out}"
+        )
     return [c for c in known if c.name in chosen]
 
 

@@ -51,6 +51,11 @@ class LTEConfig:
         seed: Keys the grouping and the routers' initial values.
         layer_weighting: "uniform": 1/(L N_l) per layer (*paper*, for equal layers); "flops": by the
             layer's share of the FLOPs (*ours*).
+        layers: Which feed-forward layers to convert, by number in the order of the model, from 0 as
+            in the names of its blocks; a negative number counts from the end. One that is shared by
+            several blocks counts once. None converts all. *Ours*.
+        pad_to_multiple: Add neurons with zero weights to a layer whose width `expert_size` does not
+            divide; they compute zero and stay zero, and `mlkit.restore` takes them away. *Ours*.
         projections: Names of the linear layers in a feed-forward class that mlkit does not know:
             (gate, up, down), or (up, down) without gate.
         activation: Of `projections` or of the constructor form; None tries what reproduces the
@@ -86,6 +91,8 @@ class LTEConfig:
     normalize: bool = True
     seed: int = 0
     layer_weighting: Literal["uniform", "flops"] = "uniform"
+    layers: Sequence[int] | None = None
+    pad_to_multiple: bool = False
     projections: Sequence[str] | None = None
     activation: str | None = None
     mode: Literal["dense", "soft", "hard"] = "soft"
@@ -118,6 +125,13 @@ class LTEConfig:
                 f"activation {self.activation!r} is unknown; "
                 f"{nearest(self.activation, ACTIVATIONS)}"
             )
+        if not isinstance(self.pad_to_multiple, bool):
+            raise InvalidValueError(
+                f"pad_to_multiple must be True or False, got {self.pad_to_multiple!r}; the "
+                "multiple is that of expert_size"
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _numbers(self.layers))
         if self.projections is not None:
             object.__setattr__(self, "projections", _names(self.projections))
 
@@ -181,6 +195,18 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise InvalidValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def _numbers(layers: Sequence[int]) -> tuple[int, ...]:
+    try:
+        numbers = () if isinstance(layers, str) else tuple(layers)
+    except TypeError:
+        numbers = ()
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise InvalidValueError(
+            f"layers must be one or more integers, as in (0, 1, -1) or range(6), got {layers!r}"
+        )
+    return numbers
 
 
 def _names(projections: Sequence[str]) -> tuple[str, ...]:

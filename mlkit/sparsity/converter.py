@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mlkit.convert import Candidate, Cost
+from mlkit.convert import Candidate, Cost, conversions
 from mlkit.errors import InvalidValueError, RunError
 from mlkit.sparsity.config import LTEConfig
 from mlkit.sparsity.context import MaskHook
@@ -21,8 +21,9 @@ from mlkit.sparsity.layout import (
     inspect_layout,
     permute_neurons,
     reading_rows,
+    resize_neurons,
 )
-from mlkit.sparsity.module import SparseExpertMLP, _why_not, lte_layers
+from mlkit.sparsity.module import SparseExpertMLP, _why_not, _why_not_padded, lte_layers
 from mlkit.sparsity.stock import permute_stock_state
 
 __all__ = ["LTEConverter", "link_lte_layers"]
@@ -35,22 +36,32 @@ class LTEConverter:
         self._layouts: dict[int, FFNLayout] = {}
 
     def candidates(self, model: nn.Module, config: LTEConfig) -> list[Candidate]:
-        """Every feed-forward layer; with the reason for those that cannot be converted."""
+        """Every feed-forward layer; with the reason for those that will not be converted."""
         owners = _owners(model)
         found = []
         sites: dict[int, int] = {}
-        for name, layout in find_layouts(model, config):
+        done = conversions(model)
+        layouts = list(find_layouts(model, config))
+        asked = _asked(config.layers, [name for name, _ in layouts])
+        for name, layout in layouts:
             site = model.get_submodule(name)
+            if isinstance(layout, FFNLayout) and not isinstance(inspect_layout(site, layout), str):
+                for parameter in _parameters(site, layout):
+                    sites[id(parameter)] = sites.get(id(parameter), 0) + 1
+            if name not in asked:
+                left_out = f"not among the layers {config.layers}"
+                found.append(Candidate(name, type(site).__name__, left_out=left_out))
+                continue
+            if name in done:
+                continue
             checked = layout if isinstance(layout, str) else _check(site, layout, config)
             if isinstance(checked, FFNLayout):
                 self._layouts[id(site)] = checked
-                for parameter in _parameters(site, checked):
-                    sites[id(parameter)] = sites.get(id(parameter), 0) + 1
             reason = checked if isinstance(checked, str) else None
             found.append(Candidate(name, type(site).__name__, reason))
         for number, candidate in enumerate(found):
             site = model.get_submodule(candidate.name)
-            if candidate.refusal is None and any(
+            if id(site) in self._layouts and any(
                 owners[id(p)] > 1 or sites[id(p)] > 1
                 for p in _parameters(site, self._layouts[id(site)])
             ):
@@ -79,6 +90,8 @@ class LTEConverter:
             if layer.has_outer_act:
                 new[_join(name, layout.act)] = nn.Identity()
         for site, layer, order in made:
+            if layer.padding:
+                resize_neurons(site, layer.shape.tensors, layer.intermediate_size)
             if order is not None:
                 permute_neurons(site, layer.shape.tensors, order)
                 layer.neuron_perm.copy_(order)
@@ -99,6 +112,8 @@ class LTEConverter:
             layer = _layer(site)
             if not layer.neuron_perm.is_meta:
                 permute_neurons(site, layer.shape.tensors, layer.stock_order())
+            if layer.padding:
+                resize_neurons(site, layer.shape.tensors, layer.shape.intermediate_size)
             new[_join(name, layer.layout.host)] = layer.stock()
             if layer.has_outer_act:
                 new[_join(name, layer.layout.act)] = layer.get_submodule("act")
@@ -114,7 +129,7 @@ class LTEConverter:
         layer = _layer_or_none(site)
         if layer is not None:
             parameters = _parameters(site, layer.layout) + list(layer.router.parameters())
-            return _cost(parameters, layer.dense_flops + layer.router_flops)
+            return _cost(parameters, layer.expert_flops + layer.router_flops)
         layout = self._layouts[id(site)]
         shape = inspect_layout(site, layout)
         assert isinstance(shape, FFNShape)
@@ -141,6 +156,18 @@ def _link(model: nn.Module, layers: list[SparseExpertMLP]) -> None:
         layer.loss_weight = 1 / len(layers) if is_uniform else layer.dense_flops / total
     MaskHook.remove(model)
     MaskHook(group, model).install(model)
+
+
+def _asked(layers: Sequence[int] | None, names: list[str]) -> list[str]:
+    if layers is None or not names:
+        return names
+    for number in layers:
+        if not -len(names) <= number < len(names):
+            raise InvalidValueError(
+                f"layers holds {number}, but the model has {len(names)} feed-forward layers: "
+                f"0 to {len(names) - 1}, or -{len(names)} to -1"
+            )
+    return [names[number] for number in layers]
 
 
 def _join(name: str, part: str | None) -> str:
@@ -190,20 +217,29 @@ def _check(site: nn.Module, layout: FFNLayout, config: LTEConfig) -> FFNLayout |
         return shape
     if reason := _why_not(shape, config):
         return reason
+    found = _with_activation(site, layout, shape)
+    if isinstance(found, str):
+        return found
+    act = None if found.act is None else site.get_submodule(found.act)
+    return _why_not_padded(shape, found, config, act) or found
+
+
+def _with_activation(site: nn.Module, layout: FFNLayout, shape: FFNShape) -> FFNLayout | str:
     is_open = layout.act is None and layout.activation is None
     if layout.act is not None:
         act = site.get_submodule(layout.act)
         if layout.host and any(True for _ in act.parameters()):
             return f"its activation {type(act).__name__} has parameters, which would change names"
     if layout.host:
-        return layout
+        no_act = f"FFNLayout of {type(site).__name__} has a host and needs act or activation"
+        return no_act if is_open else layout
     if any(p.is_meta for p in site.parameters()):
         if is_open:
             return "its activation is unknown and cannot be tried on meta: set LTEConfig.activation"
         return layout
+    whole = LTEConfig(expert_size=shape.intermediate_size, mode="dense")
     for variant in variants(site, layout):
-        layer = SparseExpertMLP.wrap(site, variant, shape, config, structure_only=True)
-        layer.set_mode("dense")
+        layer = SparseExpertMLP.wrap(site, variant, shape, whole, structure_only=True)
         if reproduces(site, layer, shape.hidden_size):
             return variant
     tried = " with any known activation" if is_open else ""
@@ -242,8 +278,10 @@ def _order(site: nn.Module, layer: SparseExpertMLP, seed: int) -> Tensor:
     if config.grouping == "random":
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
         return torch.randperm(layer.intermediate_size, generator=generator)
+    rows = reading_rows(site, layer.layout, layer.shape.tensors, layer.shape.intermediate_size)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, layer.padding))
     expert = balanced_kmeans(
-        reading_rows(site, layer.layout, layer.shape),
+        rows,
         config.expert_size,
         seed=config.seed,
         assign=config.assign,

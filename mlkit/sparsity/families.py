@@ -17,6 +17,7 @@ from torch import nn
 from mlkit.errors import InvalidTypeError
 from mlkit.sparsity.config import ACTIVATIONS, LTEConfig
 from mlkit.sparsity.layout import FFNLayout
+from mlkit.sparsity.module import SparseExpertMLP
 
 __all__ = ["find_layouts", "register_ffn_adapter"]
 
@@ -49,13 +50,17 @@ def register_ffn_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
 def find_layouts(model: nn.Module, config: LTEConfig) -> Iterator[tuple[str, FFNLayout | str]]:
     """Yield the feed-forward layers of a model by name: the layout, or why it cannot be converted.
 
-    Nothing is looked for inside of what was found.
+    Those that are converted already are among them, as the stock layers that they were; those made
+    by the constructor of `SparseExpertMLP` are not. Nothing is looked for inside of what was found.
     """
     found: list[str] = []
     for name, module in model.named_modules():
         if any(parent == "" or name.startswith(parent + ".") for parent in found):
             continue
-        layout = _layout(module, config)
+        if isinstance(module, SparseExpertMLP) and "_stock" not in module.__dict__:
+            found.append(name)
+            continue
+        layout = _layout(module.__dict__.get("_stock", module), config)
         if layout is not None:
             found.append(name)
             yield name, layout

@@ -15,6 +15,7 @@ __all__ = [
     "inspect_layout",
     "permute_neurons",
     "reading_rows",
+    "resize_neurons",
 ]
 
 _ADAPTER_CHILD = "base_layer"
@@ -74,10 +75,20 @@ class NeuronTensor:
         index = torch.cat([order + i * count for i in range(self.copies)])
         return tensor.index_select(self.dim, index.to(tensor.device))
 
+    def resize(self, tensor: Tensor, neurons: int) -> Tensor:
+        """Return the tensor with zero neurons added at the end, or with the last ones taken off."""
+        parts = []
+        for part in tensor.chunk(self.copies, self.dim):
+            kept = part.narrow(self.dim, 0, min(neurons, part.shape[self.dim]))
+            shape = list(part.shape)
+            shape[self.dim] = neurons - kept.shape[self.dim]
+            parts += [kept, part.new_zeros(shape)]
+        return torch.cat(parts, self.dim)
+
 
 @dataclass(frozen=True)
 class FFNShape:
-    """Sizes of a feed-forward layer, and the tensors that its neurons own."""
+    """Sizes of a stock feed-forward layer, and the tensors that its neurons own."""
 
     hidden_size: int
     intermediate_size: int
@@ -102,7 +113,7 @@ def inspect_layout(site: nn.Module, layout: FFNLayout) -> FFNShape | str:
             return reason
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        is_transposed = type(module).__name__ == "Conv1D"
+        is_transposed = _is_transposed(module)
         rows, columns = weight.shape[::-1] if is_transposed else weight.shape
         sizes[role] = (columns, rows)
         neuron_rows = role != "out_proj"
@@ -133,16 +144,38 @@ def permute_neurons(
 
 
 def reading_rows(
-    site: nn.Module, layout: FFNLayout, shape: FFNShape
+    site: nn.Module, layout: FFNLayout, tensors: tuple[NeuronTensor, ...], neurons: int
 ) -> Float[Tensor, "neurons hidden"]:
     """Return the weights by which each neuron decides: of the gate if there is one, else its input.
 
     The paper groups neurons by them (footnote 2).
     """
     owner = layout.gate_proj or layout.in_proj
-    tensor = next(t for t in shape.tensors if t.key == f"{owner}.weight")
+    tensor = next(t for t in tensors if t.key == f"{owner}.weight")
     rows = site.get_parameter(tensor.key).detach()
-    return (rows if tensor.dim == 0 else rows.T)[: shape.intermediate_size]
+    return (rows if tensor.dim == 0 else rows.T)[:neurons]
+
+
+def resize_neurons(site: nn.Module, tensors: tuple[NeuronTensor, ...], neurons: int) -> None:
+    """Give a layer another number of neurons; the parameters stay the same objects.
+
+    The weights of new neurons are zero; gradients of the old shape are dropped.
+    """
+    with torch.no_grad():
+        for tensor in tensors:
+            parameter = site.get_parameter(tensor.key)
+            parameter.data = tensor.resize(parameter.data, neurons)
+            parameter.grad = None
+            owner, _, kind = tensor.key.rpartition(".")
+            linear = site.get_submodule(owner)
+            linear = linear.__dict__.get("_stock", linear)  # of a host that is the linear layer
+            if kind == "weight":
+                sizes = ("nx", "nf") if _is_transposed(linear) else ("out_features", "in_features")
+                setattr(linear, sizes[tensor.dim], parameter.shape[tensor.dim])
+
+
+def _is_transposed(linear: nn.Module) -> bool:
+    return type(linear).__name__ == "Conv1D"
 
 
 def _why_not_linear(name: str, module: nn.Module) -> str | None:

@@ -21,7 +21,13 @@ from mlkit.sparsity.config import ACTIVATIONS, MODES, LTEConfig
 from mlkit.sparsity.context import LTEGroup, is_recomputation
 from mlkit.sparsity.counts import LayerCounts
 from mlkit.sparsity.grouping import nearest_valid_sizes
-from mlkit.sparsity.layout import FFNLayout, FFNShape, inspect_layout, reading_rows
+from mlkit.sparsity.layout import (
+    FFNLayout,
+    FFNShape,
+    inspect_layout,
+    reading_rows,
+    resize_neurons,
+)
 from mlkit.sparsity.losses import (
     efficiency_loss,
     inject_aux_loss,
@@ -61,9 +67,15 @@ class SparseExpertMLP(nn.Module):
     (`_extra_state`, a tensor). A stock checkpoint is reordered on
     its way in; load it with strict=False, since it has no router.
 
+    With `config.pad_to_multiple` the layer may have more neurons than the stock one. Those compute
+    act(0) = 0 (times 0 with a gate), and the forward pass multiplies them by zero besides, so that
+    neither their own weights nor what reads them has a gradient: they stay zero under any optimizer
+    that leaves a zero with zero gradient alone, weight decay included, and adapters on the
+    projections cannot wake them. The stock neurons compute what they did.
+
     Args:
         hidden_size: H.
-        intermediate_size: I; a multiple of `config.expert_size`.
+        intermediate_size: I; a multiple of `config.expert_size`, or padded to one.
         config: See `LTEConfig`.
         activation: "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", ...
         gated: Whether there is a gate: down(act(gate(x)) * up(x)), else down(act(up(x))).
@@ -117,6 +129,9 @@ class SparseExpertMLP(nn.Module):
         shape = inspect_layout(self, layout)
         assert isinstance(shape, FFNShape)
         self._set_up(layout, shape, config or LTEConfig())
+        if reason := _why_not_padded(shape, layout, self.config, None):
+            raise InvalidValueError(reason)
+        resize_neurons(self, shape.tensors, self.intermediate_size)
         self.reset_router(self)
 
     @classmethod
@@ -167,9 +182,12 @@ class SparseExpertMLP(nn.Module):
         if reason := _why_not(shape, config):
             raise InvalidValueError(reason)
         self.layout, self.shape, self.config = layout, shape, config
-        self.hidden_size, self.intermediate_size = shape.hidden_size, shape.intermediate_size
         self.expert_size = config.expert_size
-        self.num_experts = shape.intermediate_size // config.expert_size
+        self.num_experts = -(-shape.intermediate_size // config.expert_size)
+        self.hidden_size, self.intermediate_size = (
+            shape.hidden_size,
+            self.num_experts * config.expert_size,
+        )
         self.mode: str = config.mode
         self.set_threshold(config.threshold)
         self.top_p = config.top_p
@@ -212,7 +230,8 @@ class SparseExpertMLP(nn.Module):
         weight = self.router.get_parameter("weight")
         if self.config.router_init == "random" or weight.is_meta:
             return
-        rows = reading_rows(site, self.layout, self.shape).float()
+        tensors, neurons = self.shape.tensors, self.intermediate_size
+        rows = reading_rows(site, self.layout, tensors, neurons).float()
         centres = rows.unflatten(0, (self.num_experts, self.expert_size)).mean(1)
         weight.copy_(F.normalize(centres, dim=1) * self.config.router_scale)
 
@@ -279,6 +298,8 @@ class SparseExpertMLP(nn.Module):
         if weights is not None:
             blocks = h.unflatten(-1, (self.num_experts, self.expert_size))
             h = (blocks * weights.unsqueeze(-1).to(h.dtype)).flatten(-2)
+        if self.padding:
+            h = h * (self.neuron_perm < self.shape.intermediate_size)
         if self._out is None:
             return h
         y = _child(self, self._out)(h)
@@ -366,10 +387,23 @@ class SparseExpertMLP(nn.Module):
         return self.neuron_perm.argsort()
 
     @property
+    def padding(self) -> int:
+        """Number of neurons that the stock layer does not have."""
+        return self.intermediate_size - self.shape.intermediate_size
+
+    @property
     def dense_flops(self) -> int:
         """FLOPs per token of the stock layer, 2 per multiply-add."""
+        return self._flops(self.shape.intermediate_size)
+
+    @property
+    def expert_flops(self) -> int:
+        """FLOPs per token of all experts: those of the stock layer, and of the padding."""
+        return self._flops(self.intermediate_size)
+
+    def _flops(self, neurons: int) -> int:
         reads = 2 if self.layout.is_gated else 1
-        return 2 * self.intermediate_size * (reads * self.hidden_size + self.shape.out_size)
+        return 2 * neurons * (reads * self.hidden_size + self.shape.out_size)
 
     @property
     def router_flops(self) -> int:
@@ -416,14 +450,41 @@ def site_of(model: nn.Module, name: str, layer: SparseExpertMLP) -> nn.Module:
 
 def _why_not(shape: FFNShape, config: LTEConfig) -> str | None:
     width, size = shape.intermediate_size, config.expert_size
-    if width % size:
+    if width % size and not config.pad_to_multiple:
         return (
             f"expert_size must divide the intermediate size, got expert_size={size}, "
-            f"intermediate size {width}; {nearest_valid_sizes(width, size)}"
+            f"intermediate size {width}; {nearest_valid_sizes(width, size)}; or set "
+            f"pad_to_multiple=True, which adds {-width % size} zero neurons"
         )
-    if config.min_experts > width // size:
-        return f"min_experts is {config.min_experts}, of {width // size} experts"
+    if config.min_experts > -(-width // size):
+        return f"min_experts is {config.min_experts}, of {-(-width // size)} experts"
     return None
+
+
+def _why_not_padded(
+    shape: FFNShape, layout: FFNLayout, config: LTEConfig, act: nn.Module | None
+) -> str | None:
+    """Return why neurons with zero weights would not be silent in a layer, or None."""
+    width = shape.intermediate_size
+    if width % config.expert_size == 0 or layout.is_gated:
+        return None
+    zero = torch.zeros(1, device="cpu")
+    if act is None:
+        assert layout.activation is not None
+        value = float(_FUNCTIONS[layout.activation](zero))
+    else:
+        like = next(act.parameters(), zero)
+        if like.is_meta:
+            return "pad_to_multiple needs act(0), and the parameters of the activation are on meta"
+        with torch.no_grad():
+            value = float(act(like.new_zeros(1)))
+    if value == 0:
+        return None
+    return (
+        "pad_to_multiple adds neurons with zero weights, which must compute zero, but the "
+        f"activation gives {value:.3g} at 0; choose another expert_size than {config.expert_size}; "
+        f"{nearest_valid_sizes(width, config.expert_size)}"
+    )
 
 
 def _child(module: nn.Module, path: str) -> Any:

@@ -99,7 +99,7 @@ def select_experts(
             mass of at least `top_p`.
         limit: The logit of tau, see `threshold_logit`.
         top_p: In (0, 1].
-        min_experts: That many of the highest logits run anyhow.
+        min_experts: That many of the highest logits run anyhow, if they are not NaN.
     """
     if kind == "sigmoid":
         chosen = logits > limit
@@ -108,6 +108,9 @@ def select_experts(
         before = mass.cumsum(-1) - mass
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < top_p)
     if min_experts:
-        top = logits.topk(min(min_experts, logits.shape[-1]), dim=-1).indices
-        chosen = chosen.scatter(-1, top, True)
+        # topk takes NaN for the largest number there is
+        lowest = torch.finfo(logits.dtype).min
+        usable = logits.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=lowest)
+        top = usable.topk(min(min_experts, logits.shape[-1]), dim=-1).indices
+        chosen = chosen.scatter(-1, top, True) & ~logits.isnan()
     return chosen

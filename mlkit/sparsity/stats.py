@@ -46,7 +46,7 @@ class LayerStats:
         undecided: Fraction of scores within 0.1 of the threshold.
         tokens: Number of valid tokens.
         nan: Number of NaN scores.
-        flops: Of the dense layer per token: its weight in means over layers.
+        flops: Of all its experts per token: its weight in means over layers.
         router_flops: Of its router.
     """
 
@@ -177,7 +177,7 @@ def _read(model: nn.Module, sync: bool, before: Mapping[str, Tensor]) -> LTEStat
             undecided=count["near"] / tokens,
             tokens=int(tokens),
             nan=int(count["nan"]),
-            flops=layer.dense_flops,
+            flops=layer.expert_flops,
             router_flops=layer.router_flops,
         )
     return LTEStats(layers)
@@ -200,7 +200,7 @@ class LTEFlops:
         ffn: Linear layers of the dense feed-forward layers.
         other: Other linear layers of the same blocks (attention).
         router: The routers.
-        skipped: The part of `ffn` that is not computed.
+        skipped: The part of `ffn` that is not computed; below 0 if padding costs more.
 
     Example:
         >>> LTEFlops(ffn=100, other=50, router=1, skipped=80).speedup
@@ -250,7 +250,11 @@ def lte_flops(model: nn.Module, sparsity: float | LTEStats) -> LTEFlops:
         by_layer = dict.fromkeys(layers, float(sparsity))
     ffn = sum(layer.dense_flops for layer in layers.values())
     router = sum(layer.router_flops for layer in layers.values())
-    skipped = sum(layer.dense_flops * by_layer[name] for name, layer in layers.items())
+    skipped = sum(
+        layer.dense_flops - layer.expert_flops * (1 - by_layer[name])
+        for name, layer in layers.items()
+    )
+    all_experts = sum(layer.expert_flops for layer in layers.values())
     routers = {id(layer.router) for layer in layers.values()}
     linear = {}
     for block in {id(b): b for b in (_block(model, name) for name in layers)}.values():
@@ -260,7 +264,7 @@ def lte_flops(model: nn.Module, sparsity: float | LTEStats) -> LTEFlops:
             is_bare = isinstance(module, SparseExpertMLP) and weight is not None
             if (is_linear or is_bare) and id(module) not in routers and weight is not None:
                 linear[id(weight)] = 2 * weight.numel()
-    return LTEFlops(ffn, sum(linear.values()) - ffn, router, skipped)
+    return LTEFlops(ffn, sum(linear.values()) - all_experts, router, skipped)
 
 
 def _block(model: nn.Module, name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Stock checkpoints in converted models: the neurons are put in the order of the experts."""
+"""Stock checkpoints in converted models: neurons are padded and put in the order of the experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["permute_stock_state"]
 def permute_stock_state(
     site: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
-    """Reorder the neurons of a stock checkpoint on its way into a converted layer.
+    """Pad and reorder the neurons of a stock checkpoint on its way into a converted layer.
 
     A load_state_dict pre-hook. A checkpoint of a converted model brings `neuron_perm` and is taken
     as it is; one that cannot be understood is refused.
@@ -46,7 +46,15 @@ def permute_stock_state(
     else:
         for tensor in present:
             key = prefix + tensor.key
-            state_dict[key] = tensor.reorder(state_dict[key], order)
+            value, neurons = state_dict.pop(key), tensor.copies * layer.shape.intermediate_size
+            if value.ndim <= tensor.dim or value.shape[tensor.dim] != neurons:
+                errors.append(
+                    f"size mismatch for {key}: {tuple(value.shape)} in the checkpoint, the layer "
+                    f"before conversion has {neurons} in dimension {tensor.dim}"
+                )
+                continue
+            padded = tensor.resize(value, layer.intermediate_size)
+            state_dict[key] = tensor.reorder(padded, order)
 
 
 def _is_permutation(order: Tensor) -> bool:

@@ -33,6 +33,12 @@ from tests.helpers.runs import run_python
         ("mode", "sparse", "mode must be one of"),
         ("layer_weighting", "x", "layer_weighting must be one of"),
         ("activation", "sillu", "did you mean 'silu'"),
+        ("layers", (), "layers must be one or more integers"),
+        ("layers", 3, r"layers must be one or more integers, as in .*got 3"),
+        ("layers", "all", "layers must be one or more integers"),
+        ("layers", (0, True), "layers must be one or more integers"),
+        ("layers", (0, 1.0), "layers must be one or more integers"),
+        ("pad_to_multiple", 32, "pad_to_multiple must be True or False, got 32; the multiple"),
         ("projections", ("a",), "projections must name the linear layers"),
         ("projections", "abc", "projections must name the linear layers"),
         ("projections", ("a", "a", "b"), "projections must differ"),
@@ -44,7 +50,7 @@ def test_bad_values_name_the_field(field, value, message):
 
 
 def test_lists_become_tuples_so_that_json_gives_an_equal_config():
-    config = LTEConfig(projections=("a", "b", "c"), lam_schedule=(0.25, 0.5))
+    config = LTEConfig(projections=("a", "b", "c"), lam_schedule=(0.25, 0.5), layers=range(2))
     fields = {
         f.name: list(v) if isinstance(v := getattr(config, f.name), tuple) else v
         for f in dataclasses.fields(config)

@@ -169,6 +169,15 @@ def test_a_layer_made_by_its_constructor_is_not_restored():
     assert isinstance(model[1], SparseExpertMLP)
 
 
+def test_layers_that_are_there_already_are_no_candidates_and_see_no_token():
+    model = nn.ModuleList([tiny.llama(), layer()])
+    assert mlkit.convert(model, LTEConfig(expert_size=8), "*.0.mlp").replaced == [
+        "0.model.layers.0.mlp"
+    ]
+    assert mlkit.convert(model, LTEConfig(expert_size=8), "*.1.mlp").skipped == {}
+    assert all(not m.counts.sums.any() for m in lte_layers(model).values())
+
+
 def test_nan_scores_raise_in_debug_and_are_counted_otherwise():
     value = x(3)
     value[1] = torch.nan
