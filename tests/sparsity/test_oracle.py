@@ -126,7 +126,7 @@ SIZES = {
     mode=st.sampled_from(["dense", "soft", "hard"]),
     router=st.sampled_from(["sigmoid", "topp"]),
     grouping=st.sampled_from(["kmeans", "random", "none"]),
-    router_bias=st.booleans(),
+    router_bias=st.sampled_from([None, 0.5]),
     tau=st.floats(0.05, 0.95),
     floor=st.integers(0, 2),
     **SIZES,
@@ -285,7 +285,7 @@ def test_losses_and_their_gradients(seed, shapes, rows, length, tau, eps, masked
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    router_bias=st.booleans(),
+    router_bias=st.sampled_from([None, 0.5]),
     masked=st.booleans(),
     tau=st.floats(0.2, 0.8),
     eta=st.floats(0, 2),
@@ -322,7 +322,7 @@ def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
                            for i in range(layer.num_experts)])  # fmt: skip
         close = {"rtol": 3e-7, "atol": 1e-9}  # eta and lambda are kept in float32
         np.testing.assert_allclose(layer.router.weight.grad.numpy(), weight, **close)
-        if router_bias:
+        if router_bias is not None:
             np.testing.assert_allclose(layer.router.bias.grad.numpy(), slope.sum(0), **close)
     stats = lte_stats(model)
     assert stats.tokens == valid.sum()
