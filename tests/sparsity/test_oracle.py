@@ -315,7 +315,7 @@ def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
     scores = [oracle.scores(values) for values in logits]
     masks = [valid] * len(layers)
     eff = oracle.efficiency_gradient(scores, masks)
-    sep = oracle.separability_gradient(scores, masks, tau, 1e-3)
+    sep = oracle.separability_gradient(scores, masks, tau, 0.25)
     for layer, g, left, right in zip(layers, scores, eff, sep, strict=True):
         slope = (eta * left + lam * right) * g * (1 - g)
         weight = np.array([[sum(slope[t, i] * flat[t, h] for t in range(6)) for h in range(4)]
@@ -332,7 +332,7 @@ def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
     for number, entry in enumerate(stats.layers.values()):
         one = scores[number : number + 1]
         assert entry.eff == pytest.approx(oracle.efficiency(one, masks[:1]))
-        assert entry.sep == pytest.approx(oracle.separability(one, masks[:1], tau, 1e-3))
+        assert entry.sep == pytest.approx(oracle.separability(one, masks[:1], tau, 0.25))
 
 
 def test_soft_mode_gradient_of_every_weight_is_that_of_the_oracle():
