@@ -42,7 +42,7 @@ class TokenMask:
         """Mean over ranks of the number of valid tokens; a collective at its first call."""
         if self._tokens is None:
             self._tokens = mean_tokens_per_rank(self.mask.sum().to(device))
-        return self._tokens
+        return self._tokens.to(device)
 
     def of(self, x: Float[Tensor, "*tokens hidden"], training: bool) -> Bool[Tensor, " *tokens"]:
         """Return the mask in the shape of a layer's tokens.

@@ -27,25 +27,25 @@ class LayerCounts:
         self,
         scores: Float[Tensor, "*tokens experts"],
         selected: Bool[Tensor, "*tokens experts"],
+        eff: Float[Tensor, " *tokens"],
+        sep: Float[Tensor, " *tokens"],
         valid: Bool[Tensor, " *tokens"] | None,
         threshold: float,
-        eps: float,
     ) -> None:
-        """Count one forward pass."""
+        """Count one forward pass; `eff` and `sep` are the losses of each token."""
         if scores.is_meta:
             return
         dtype = torch.float64 if scores.device.type != "mps" else torch.float32
         if self.sums.device != scores.device or self.sums.dtype != dtype:
             self.sums = self.sums.to(scores.device, dtype)
-        offset = scores - threshold
         rows = torch.stack(
             [
-                torch.ones_like(scores[..., 0]),
-                selected.sum(-1).to(scores.dtype),
-                scores.square().mean(-1).nan_to_num(),
-                (offset.square() + eps).reciprocal().mean(-1).nan_to_num(),
-                scores.isnan().sum(-1).to(scores.dtype),
-                (offset.abs() < NEAR).to(scores.dtype).mean(-1),
+                torch.ones_like(eff),
+                selected.sum(-1, dtype=eff.dtype),
+                eff.nan_to_num(),
+                sep.nan_to_num(),
+                scores.isnan().sum(-1, dtype=eff.dtype),
+                ((scores - threshold).abs() < NEAR).sum(-1, dtype=eff.dtype) / scores.shape[-1],
             ]
         )
         if valid is not None:

@@ -122,17 +122,31 @@ def nearest_valid_sizes(neurons: int, expert_size: int) -> str:
 def _first_centres(
     points: Float[Tensor, "neurons features"], count: int, seed: int
 ) -> Float[Tensor, "clusters features"]:
-    """Draw centres by k-means++: each with probability proportional to its squared distance."""
+    """Draw centres by k-means++: each with probability proportional to its squared distance.
+
+    Distances come from one product with a vector per centre; differences of all points would be
+    written and read again each time.
+    """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     chosen = [int(draws[0] * len(points))]
-    nearest = (points - points[chosen[0]]).square().sum(1)
+    norms = points.square().sum(1)
+    nearest = _to_centre(points, norms, chosen[0])
     for draw in draws[1:]:
         mass = nearest.double().cumsum(0)
         where = int(torch.searchsorted(mass, draw * mass[-1]))
         chosen.append(min(where, len(points) - 1))
-        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
+        nearest = torch.minimum(nearest, _to_centre(points, norms, chosen[-1]))
     return points[chosen]
+
+
+def _to_centre(
+    points: Float[Tensor, "neurons features"], norms: Float[Tensor, " neurons"], centre: int
+) -> Float[Tensor, " neurons"]:
+    """Return squared distances to a point, which is at 0 from itself in spite of rounding."""
+    distance = norms + norms[centre] - 2 * torch.mv(points, points[centre])
+    distance[centre] = 0.0
+    return distance.clamp(min=0.0)
 
 
 def _squared_distances(

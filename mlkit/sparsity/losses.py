@@ -26,10 +26,13 @@ from mlkit.errors import InvalidValueError
 __all__ = [
     "aux_loss_scale",
     "efficiency_loss",
+    "efficiency_terms",
     "inject_aux_loss",
     "mean_tokens_per_rank",
     "separability_loss",
+    "separability_terms",
     "set_aux_loss_scale",
+    "token_mean",
 ]
 
 
@@ -45,7 +48,7 @@ def efficiency_loss(
         mask: False for padding.
         tokens: What to divide by; the number of valid tokens if None.
     """
-    return _token_mean(scores.square(), mask, tokens)
+    return token_mean(efficiency_terms(scores), mask, tokens)
 
 
 def separability_loss(
@@ -59,15 +62,27 @@ def separability_loss(
 
     Its floor is 1 / (0.25 + eps) at tau = 0.5: scores of 0 and 1.
     """
-    return _token_mean(((scores - threshold).square() + eps).reciprocal(), mask, tokens)
+    return token_mean(separability_terms(scores, threshold, eps), mask, tokens)
 
 
-def _token_mean(
-    values: Float[Tensor, "*tokens experts"],
+def efficiency_terms(scores: Float[Tensor, "*tokens experts"]) -> Float[Tensor, " *tokens"]:
+    """Return the efficiency loss of each token."""
+    return scores.square().mean(-1)
+
+
+def separability_terms(
+    scores: Float[Tensor, "*tokens experts"], threshold: float, eps: float
+) -> Float[Tensor, " *tokens"]:
+    """Return the separability loss of each token."""
+    return ((scores - threshold).square() + eps).reciprocal().mean(-1)
+
+
+def token_mean(
+    per_token: Float[Tensor, " *tokens"],
     mask: Bool[Tensor, " *tokens"] | None,
     tokens: Tensor | float | None,
 ) -> Float[Tensor, ""]:
-    per_token = values.mean(-1)
+    """Return the mean over valid tokens, or the sum over them divided by `tokens`."""
     if mask is not None:
         per_token = torch.where(mask, per_token, 0.0)
     if tokens is None:

@@ -29,10 +29,11 @@ from mlkit.sparsity.layout import (
     resize_neurons,
 )
 from mlkit.sparsity.losses import (
-    efficiency_loss,
+    efficiency_terms,
     inject_aux_loss,
     mean_tokens_per_rank,
-    separability_loss,
+    separability_terms,
+    token_mean,
 )
 from mlkit.sparsity.router import Router, router_scores, select_experts, threshold_logit
 from mlkit.sparsity.stock import permute_stock_state
@@ -342,17 +343,16 @@ class SparseExpertMLP(nn.Module):
         selected = self.select(logits)
         token_mask = self.group.token_mask()
         valid = None if token_mask is None else token_mask.of(x, self.training)
-        eff = sep = None
-        if self.mode == "soft" and self.training and torch.is_grad_enabled():
+        is_penalised = self.mode == "soft" and self.training and torch.is_grad_enabled()
+        penalised = scores if is_penalised else scores.detach()
+        eff = efficiency_terms(penalised)
+        sep = separability_terms(penalised, config.threshold, config.sep_eps)
+        if is_penalised:
             tokens = self._tokens(x) if token_mask is None else token_mask.tokens(x.device)
-            if isinstance(tokens, Tensor):
-                tokens = tokens.to(scores.device)
-            eff = efficiency_loss(scores, valid, tokens)
-            sep = separability_loss(scores, config.threshold, config.sep_eps, valid, tokens)
-            aux = (self.group.eta * eff + self.group.lam * sep) * self.loss_weight
-            scores = inject_aux_loss(scores, aux)
+            aux = token_mean(self.group.eta * eff + self.group.lam * sep, valid, tokens)
+            scores = inject_aux_loss(scores, aux * self.loss_weight)
         if not is_recomputation():
-            self.counts.add(scores.detach(), selected, valid, config.threshold, config.sep_eps)
+            self.counts.add(scores, selected, eff, sep, valid, config.threshold)
         return scores if self.mode == "soft" else selected
 
     def select(self, logits: Float[Tensor, "*tokens experts"]) -> Bool[Tensor, "*tokens experts"]:

@@ -25,8 +25,9 @@ __all__ = ["Router", "router_scores", "select_experts", "threshold_logit"]
 class Router(nn.Linear):
     """A linear layer whose logits are computed in float32 at least, outside autocast.
 
-    Training and serving then agree about scores near the threshold. Weights begin as those of
-    `nn.Linear`, uniform in +-1/sqrt(hidden_size), from the generator (see also
+    Training and serving then agree about scores near the threshold. The backward pass is as coarse
+    as that of the other layers: in the type of the input, or in that of autocast. Weights begin as
+    those of `nn.Linear`, uniform in +-1/sqrt(hidden_size), from the generator (see also
     `LTEConfig.router_init`).
 
     All that an LTE layer adds to a stock one is in here: the weights, `neuron_perm` (which stock
@@ -102,10 +103,42 @@ class Router(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens experts"]:
         """Return the logits."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        kind = x.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            if low in (torch.bfloat16, torch.float16):
+                logits: Tensor = _Logits.apply(x, self.weight, self.bias, low)
+                return logits
+            return _linear(x, self.weight, self.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class _Logits(torch.autograd.Function):
+    """A linear layer in float32, whose gradients are products in a type of two bytes."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> Tensor:
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.low = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradients[0].reshape(-1, weight.shape[0])
+        coarse = rows.to(ctx.low)
+        to_x = (coarse @ weight.to(ctx.low)).to(x.dtype).view_as(x)
+        to_weight = (coarse.t() @ x.reshape(-1, x.shape[-1]).to(ctx.low)).to(weight.dtype)
+        to_bias = None if ctx.bias_dtype is None else rows.sum(0).to(ctx.bias_dtype)
+        return to_x, to_weight, to_bias, None
 
 
 def router_scores(

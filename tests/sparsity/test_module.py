@@ -132,6 +132,44 @@ def test_router_is_float32_under_autocast_and_in_a_bfloat16_model():
     assert m.bfloat16().router(value.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("is_autocast", [True, False])
+@pytest.mark.parametrize("router_bias", [None, 0.5])
+@pytest.mark.parametrize("shape", [(3, 5), (0,), ()])
+def test_backward_pass_of_the_router_in_bfloat16(is_autocast, router_bias, shape):
+    m = layer(dtype=torch.float32, router_bias=router_bias)
+    value, weights = x(*shape, dtype=torch.float32).bfloat16(), torch.rand(5) + 0.5
+    inputs = value.float().requires_grad_()
+    (m.router(inputs) * weights).sum().backward()
+    expected = [inputs.grad, *(p.grad for p in m.router.parameters())]
+
+    m.zero_grad()
+    inputs = value.float() if is_autocast else value
+    inputs = inputs.detach().requires_grad_()
+    if is_autocast:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = m.router(inputs)
+    else:
+        logits = m.router(inputs)
+    assert torch.equal(logits, m.router(value.float()))
+    (logits * weights).sum().backward()
+    found = [inputs.grad, *(p.grad for p in m.router.parameters())]
+    for one, other in zip(found, expected, strict=True):
+        # gradients, weights and inputs rounded to 8 bits, sums of at most 15 products
+        torch.testing.assert_close(one.float(), other, rtol=3e-2, atol=3e-2)
+    assert inputs.grad.dtype == inputs.dtype
+
+
+def test_bfloat16_routers_compile():
+    m = layer(dtype=torch.float32).bfloat16().train()
+    value = x(3, 5, dtype=torch.float32).bfloat16()
+    m(value).float().square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in m.named_parameters()}
+    m.zero_grad()
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    compiled(value).float().square().sum().backward()
+    torch.testing.assert_close(gradients(m), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_decisions_agree_between_float32_and_bfloat16_inputs():
     m = layer(dtype=torch.float32)
     value = x(2000, dtype=torch.float32).bfloat16()
