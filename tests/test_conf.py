@@ -11,7 +11,7 @@ from mlkit.cli import prepare
 from mlkit.errors import InvalidValueError
 from mlkit.run import build
 from tests.helpers.data import fixture_overrides
-from tests.helpers.runs import CONF, compose_job, is_installed, run_here
+from tests.helpers.runs import CONF, ROOT, compose_job, is_installed, run_here
 
 ONE_STEP = {
     "ccs": [
@@ -41,10 +41,19 @@ CUSTOM = {
         "data.input_shape=[1,8,8]",
         "data.num_classes=10",
     ],
+    TEXT: [
+        "data=custom_text",
+        f"data.train.data_files='{ROOT}/docs/*.md'",
+        f"data.test.data_files='{ROOT}/README.md'",
+    ],
 }
 """The data group for a user's own set, and what it leaves to the user."""
 
-LEFT_TO_USER = {option: own for option, *own in CUSTOM.values()}
+LEFT_TO_USER = {
+    **{option: own for option, *own in CUSTOM.values()},
+    "model=hf_causal_lm": ["model.net.pretrained=owner/model"],
+    "model=hf_classifier": ["model.net.pretrained=owner/model"],
+}
 """What an option does not settle itself, by option."""
 
 PLUGINS = {
@@ -171,7 +180,7 @@ def test_recipe_refuses_data_of_another_kind_before_it_starts(recipe, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*of the examples share one of")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_any_data_set_by_target_runs(recipe, tmp_path):
+def test_a_users_own_data_run(recipe, tmp_path):
     short = [*ONE_STEP[recipe], "data.batch_size=200", "data.num_workers=0"]
     done = run_here(tmp_path, f"recipe={recipe}", *CUSTOM[taken_by(recipe)], *short)
     assert done.metrics
