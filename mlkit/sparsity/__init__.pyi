@@ -21,6 +21,7 @@ from .packed import PackedExpertMLP as PackedExpertMLP
 from .packing import PackReport as PackReport
 from .packing import pack_for_inference as pack_for_inference
 from .packing import unpack as unpack
+from .peft import lte_lora_config as lte_lora_config
 from .schedule import TwoStageSchedule as TwoStageSchedule
 from .stats import LTEFlops as LTEFlops
 from .stats import LTEStats as LTEStats

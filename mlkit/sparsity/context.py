@@ -1,19 +1,20 @@
 """Which tokens count: the padding mask on its way from the caller to the routers.
 
-Two ways: `lte_context(attention_mask)` around forward and backward, or nothing at all: a hook that
-`mlkit.convert` puts on the model reads the argument `attention_mask` of its forward pass.
+Two ways: `lte_context(attention_mask)` around forward and backward, or nothing at all: hooks that
+`mlkit.convert` puts on the model read the argument `attention_mask` of its forward pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mlkit.errors import InvalidValueError
 from mlkit.sparsity.losses import mean_tokens_per_rank
@@ -33,13 +34,14 @@ class TokenMask:
                 "attention_mask must have the shape [batch, sequence], got "
                 f"{tuple(attention_mask.shape)}"
             )
+        self.given = attention_mask
         self.mask = attention_mask != 0
         self._tokens: Tensor | None = None
 
-    def tokens(self) -> Tensor:
+    def tokens(self, device: torch.device) -> Tensor:
         """Mean over ranks of the number of valid tokens; a collective at its first call."""
         if self._tokens is None:
-            self._tokens = mean_tokens_per_rank(self.mask.sum())
+            self._tokens = mean_tokens_per_rank(self.mask.sum().to(device))
         return self._tokens
 
     def of(self, x: Float[Tensor, "*tokens hidden"], training: bool) -> Bool[Tensor, " *tokens"]:
@@ -91,6 +93,7 @@ class LTEGroup:
         self.eta = torch.tensor(float(eta), device="cpu")
         self.lam = torch.tensor(float(lam), device="cpu")
         self.mask: TokenMask | None = None
+        self.caller: str | None = None
 
     def set_weights(self, eta: float | None = None, lam: float | None = None) -> None:
         """Set the weights of the efficiency and the separability loss."""
@@ -105,40 +108,89 @@ class LTEGroup:
         return _contexts[-1] if _contexts else self.mask
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mask": None}
+        return self.__dict__ | {"mask": None, "caller": None}
 
 
 class MaskHook:
-    """Forward hooks of the converted model that remember the argument `attention_mask`.
+    """Forward hooks that remember the argument `attention_mask` of a model.
 
-    After a pass with gradients the mask stays for recomputation, until the next pass.
+    They are on the model itself and on the parts of it that take the argument, down to the list
+    that holds its blocks: who calls a part directly (a LightningModule its network, an adapter
+    library the model inside) is heard, too. The outermost call decides whether there is a mask; a
+    part that is given one of its own (a decoder beside an encoder) sets that. After a pass with
+    gradients the mask stays for recomputation, until the next pass.
     """
 
-    def __init__(self, group: LTEGroup, model: nn.Module) -> None:
-        names = list(inspect.signature(model.forward).parameters)
-        self.group = group
-        self.position = names.index("attention_mask") if "attention_mask" in names else None
+    def __init__(self, group: LTEGroup, name: str, module: nn.Module) -> None:
+        self.group, self.name = group, name
+        self.position = _position(module)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mask of this pass, or none."""
+        if is_recomputation():
+            return
         mask = kwargs.get("attention_mask")
         if mask is None and self.position is not None and self.position < len(args):
             mask = args[self.position]
-        self.group.mask = None
+        group = self.group
+        if group.caller is None:
+            group.caller = self.name
+        is_outermost = group.caller == self.name
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            self.group.mask = TokenMask(mask)
+            if is_outermost or group.mask is None or group.mask.given is not mask:
+                group.mask = TokenMask(mask)
+        elif is_outermost:
+            group.mask = None
 
-    def install(self, model: nn.Module) -> None:
-        """Put the hook on a model."""
-        model.register_forward_pre_hook(self, with_kwargs=True)
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The outermost call is done."""
+        if self.group.caller == self.name and not is_recomputation():
+            self.group.caller = None
+
+    @classmethod
+    def install(
+        cls, group: LTEGroup, model: nn.Module, layers: Iterable[str]
+    ) -> list[RemovableHandle]:
+        """Put hooks on a model and its parts.
+
+        Args:
+            group: Gets the mask.
+            model: Holds the layers.
+            layers: Names of those that want the mask.
+        """
+        handles = []
+        for name in sorted(
+            {"", *(part for layer in layers for part in _above_blocks(model, layer))}
+        ):
+            module = model.get_submodule(name)
+            hook = cls(group, name, module)
+            if name == "" or hook.position is not None:
+                handles.append(module.register_forward_pre_hook(hook.enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(hook.leave))
+        return handles
 
     @staticmethod
-    def remove(model: nn.Module) -> None:
-        """Take every hook of this kind off a model."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, MaskHook):
-                del model._forward_pre_hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
+    def remove(module: nn.Module) -> None:
+        """Take every hook of this kind off a module."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), MaskHook):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _position(module: nn.Module) -> int | None:
+    names = list(inspect.signature(module.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
+def _above_blocks(model: nn.Module, layer: str) -> list[str]:
+    """Names of the modules around a layer, outside of the innermost list of blocks."""
+    parts = layer.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList | nn.Sequential):
+            return [".".join(parts[:count]) for count in range(1, end)]
+    return []
 
 
 def is_recomputation() -> bool:

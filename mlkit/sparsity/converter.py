@@ -98,8 +98,9 @@ class LTEConverter:
                 layer.reset_router(site)
             if layer.layout.host:
                 site.register_load_state_dict_pre_hook(permute_stock_state)
-        present = [m for m in model.modules() if isinstance(m, SparseExpertMLP)]
-        _link(model, [*present, *(layer for _, layer, _ in made)])
+        present = {n: m for n, m in model.named_modules() if isinstance(m, SparseExpertMLP)}
+        layers = [*present.values(), *(layer for _, layer, _ in made)]
+        _link(model, layers, [*present, *new])
         return new
 
     def restore(self, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -128,7 +129,7 @@ class LTEConverter:
         """Parameters, bytes and FLOPs of the layer, with its router once it has one."""
         layer = _layer_or_none(site)
         if layer is not None:
-            parameters = _parameters(site, layer.layout) + list(layer.router.parameters())
+            parameters = _parameters(site, layer.layout) + list(layer.routing.parameters())
             return _cost(parameters, layer.expert_flops + layer.router_flops)
         layout = self._layouts[id(site)]
         shape = inspect_layout(site, layout)
@@ -144,18 +145,20 @@ def link_lte_layers(model: nn.Module) -> None:
     `mlkit.convert` does this by itself. The model's forward pass hands its argument
     `attention_mask` to the layers from now on.
     """
-    _link(model, list(lte_layers(model).values()))
+    layers = lte_layers(model)
+    _link(model, list(layers.values()), list(layers))
 
 
-def _link(model: nn.Module, layers: list[SparseExpertMLP]) -> None:
+def _link(model: nn.Module, layers: list[SparseExpertMLP], names: list[str]) -> None:
     group = layers[0].group
     total = sum(layer.dense_flops for layer in layers)
     for layer in layers:
         layer.group = group
         is_uniform = layer.config.layer_weighting == "uniform"
         layer.loss_weight = 1 / len(layers) if is_uniform else layer.dense_flops / total
-    MaskHook.remove(model)
-    MaskHook(group, model).install(model)
+    for module in model.modules():
+        MaskHook.remove(module)
+    MaskHook.install(group, model, names)
 
 
 def _asked(layers: Sequence[int] | None, names: list[str]) -> list[str]:

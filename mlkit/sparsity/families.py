@@ -57,10 +57,11 @@ def find_layouts(model: nn.Module, config: LTEConfig) -> Iterator[tuple[str, FFN
     for name, module in model.named_modules():
         if any(parent == "" or name.startswith(parent + ".") for parent in found):
             continue
-        if isinstance(module, SparseExpertMLP) and "_stock" not in module.__dict__:
+        layer = module.__dict__.get("_lte_layer", module)  # a packed one has the layer in it
+        if isinstance(layer, SparseExpertMLP) and "_stock" not in layer.__dict__:
             found.append(name)
             continue
-        layout = _layout(module.__dict__.get("_stock", module), config)
+        layout = _layout(layer.__dict__.get("_stock", module), config)
         if layout is not None:
             found.append(name)
             yield name, layout

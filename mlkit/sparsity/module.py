@@ -62,10 +62,10 @@ class SparseExpertMLP(nn.Module):
     - hard (stage 2, inference): sum_i 1[G_i(x) > tau] E_i(x) + b_down.
 
     The constructor makes a new layer (gate_proj, up_proj, down_proj); `mlkit.convert` wraps one of
-    a model and keeps the names of its parameters. New in the state dict are `router.weight`,
-    `router.bias`, `neuron_perm` (position to stock neuron) and the mode with the threshold
-    (`_extra_state`, a tensor). A stock checkpoint is reordered on
-    its way in; load it with strict=False, since it has no router.
+    a model and keeps the names of its parameters. New in the state dict is `router`: its weights,
+    `neuron_perm` (position to stock neuron) and the mode with the threshold (`_extra_state`, a
+    tensor). A stock checkpoint is reordered on its way in; load it with strict=False, since it has
+    no router.
 
     With `config.pad_to_multiple` the layer may have more neurons than the stock one. Those compute
     act(0) = 0 (times 0 with a gate), and the forward pass multiplies them by zero besides, so that
@@ -96,7 +96,6 @@ class SparseExpertMLP(nn.Module):
     """
 
     is_packed = False  # by pack_for_inference, which holds the weights meanwhile
-    neuron_perm: Tensor
     router: nn.Module
     weight: Tensor  # of a host that is itself the linear layer
     bias: Tensor | None
@@ -188,8 +187,6 @@ class SparseExpertMLP(nn.Module):
             shape.hidden_size,
             self.num_experts * config.expert_size,
         )
-        self.mode: str = config.mode
-        self.set_threshold(config.threshold)
         self.top_p = config.top_p
         self.loss_weight = 1.0
         self.group = LTEGroup(config.eta, config.lambda_at(0.0))
@@ -206,13 +203,14 @@ class SparseExpertMLP(nn.Module):
         self.router = Router(
             self.hidden_size,
             self.num_experts,
+            self.intermediate_size,
             config.router_bias,
             generator,
             like.device,
             like.dtype,
         )
-        order = torch.arange(self.intermediate_size, device=like.device)
-        self.register_buffer("neuron_perm", order)
+        self.set_mode(config.mode)
+        self.set_threshold(config.threshold)
         if not layout.host:
             self.register_load_state_dict_pre_hook(permute_stock_state)
 
@@ -241,6 +239,27 @@ class SparseExpertMLP(nn.Module):
             return name
         return "" if name == host else name.removeprefix(host + ".")
 
+    @property
+    def routing(self) -> Router:
+        """The router, or the copy of it that an adapter has put in its place."""
+        wrapper: Any = self.router
+        active: Router = wrapper.active
+        return active
+
+    def routers(self) -> list[Router]:
+        """Return the router and its copies for adapters, the router of the conversion first."""
+        return [module for module in self.router.modules() if isinstance(module, Router)]
+
+    @property
+    def neuron_perm(self) -> Int[Tensor, " neurons"]:
+        """Position to stock neuron."""
+        return self.routing.neuron_perm
+
+    @property
+    def mode(self) -> str:
+        """One of "dense", "soft" or "hard"."""
+        return self.routing.mode
+
     def set_mode(self, mode: str) -> None:
         """Choose "dense", "soft" or "hard"."""
         if mode not in MODES:
@@ -250,7 +269,7 @@ class SparseExpertMLP(nn.Module):
                 f"a packed LTE layer runs in hard mode, got mode={mode!r}: unpack(model) first "
                 "(set_lte_threshold(model, 0.0) runs every expert of a sigmoid router)"
             )
-        self.mode = mode
+        self.routing.mode = mode
 
     def set_threshold(self, threshold: float) -> None:
         """Set tau of the hard mode: 0 runs every expert, 1 none; the knob at serving time."""
@@ -260,34 +279,17 @@ class SparseExpertMLP(nn.Module):
 
     def set_limit(self, limit: float) -> None:
         """Set the logit of tau, which has more room near 0 and 1."""
-        # A tensor: a controller that moves it makes torch.compile compile once.
-        self._limit = torch.tensor(float(limit), dtype=torch.float64, device="cpu")
-        self.limit_number = float(limit)  # for a kernel's argument
+        self.routing.set_limit(limit)
 
     @property
     def limit(self) -> float:
         """The logit of tau."""
-        return float(self._limit)
+        return self.routing.limit_number
 
     @property
     def threshold(self) -> float:
         """Tau of the hard mode."""
-        return float(self._limit.sigmoid())
-
-    def get_extra_state(self) -> Float[Tensor, " 2"]:
-        """Return mode and logit of tau, which a checkpoint must know to be the same model."""
-        values = [float(MODES.index(self.mode)), self.limit]
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-    def set_extra_state(self, state: Float[Tensor, " 2"]) -> None:
-        """Take what `get_extra_state` gave."""
-        if not isinstance(state, Tensor) or state.shape != (2,):
-            raise InvalidValueError(f"the state of an LTE layer must be two numbers, got {state!r}")
-        number, limit = state.tolist()
-        if number not in range(len(MODES)) or limit != limit:
-            raise InvalidValueError(f"the state of an LTE layer is damaged: {state!r}")
-        self.set_mode(MODES[int(number)])
-        self.set_limit(limit)
+        return float(self.routing.limit.sigmoid())
 
     # ---------------------------------------------------------------- forward
 
@@ -342,7 +344,7 @@ class SparseExpertMLP(nn.Module):
         valid = None if token_mask is None else token_mask.of(x, self.training)
         eff = sep = None
         if self.mode == "soft" and self.training and torch.is_grad_enabled():
-            tokens = self._tokens(x) if token_mask is None else token_mask.tokens()
+            tokens = self._tokens(x) if token_mask is None else token_mask.tokens(x.device)
             if isinstance(tokens, Tensor):
                 tokens = tokens.to(scores.device)
             eff = efficiency_loss(scores, valid, tokens)
@@ -356,7 +358,7 @@ class SparseExpertMLP(nn.Module):
     def select(self, logits: Float[Tensor, "*tokens experts"]) -> Bool[Tensor, "*tokens experts"]:
         """Say which experts run for these logits of the router."""
         config = self.config
-        limit = self._limit.to(logits.dtype)
+        limit = self.routing.limit.to(logits.dtype)
         return select_experts(logits, config.router, limit, self.top_p, config.min_experts)
 
     def _tokens(self, x: Tensor) -> Tensor | float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -56,6 +55,7 @@ class PackedExpertMLP(nn.Module):
         self.__dict__[_LAYER] = layer  # not a child: it has no weights now
         self.pieces, self.activation, self.backend = pieces, activation, backend
         self.router = layer.router
+        self.register_state_dict_post_hook(_say_hard)
         for name in ("gate_up", "down_t", "gate_up_bias"):
             value = tensors.get(name)
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
@@ -86,7 +86,7 @@ class PackedExpertMLP(nn.Module):
             self.gate_up_bias,
             self.down_bias,
             mask=mask,
-            threshold=self.layer.limit_number,
+            threshold=self.layer.limit,
             activation=self.activation,
             backend=self.backend,
         )
@@ -131,9 +131,6 @@ class PackedExpertMLP(nn.Module):
             destination[outer + key] = value
         if self.down_bias is not None:
             destination[f"{outer}{layer.layout.out_proj}.bias"] = self.down_bias.detach()
-        destination[f"{prefix}neuron_perm"] = layer.neuron_perm
-        hard = [float(MODES.index("hard")), layer.limit]
-        destination[f"{prefix}_extra_state"] = torch.tensor(hard, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         *_, errors = rest
@@ -148,6 +145,11 @@ class PackedExpertMLP(nn.Module):
             f"experts={layer.num_experts}x{layer.expert_size}, dtype={self.gate_up.dtype}, "
             f"backend={self.backend!r}, threshold={layer.threshold:.3g}"
         )
+
+
+def _say_hard(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Put into a state dict the mode in which a packed layer runs, whatever it is when unpacked."""
+    state_dict[f"{prefix}router._extra_state"][0] = MODES.index("hard")
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -69,8 +69,7 @@ class PostHocSparsity(ABC):
             )
         self.sites = [Site(model, name, layer) for name, layer in layers.items()]
         self._group = LTEGroup(0.0, 0.0)
-        mask_hook = MaskHook(self._group, model)
-        self._handles = [model.register_forward_pre_hook(mask_hook, with_kwargs=True)]
+        self._handles = MaskHook.install(self._group, model, layers)
         for site in self.sites:
             for reader in site.readers:
                 first = reader is site.readers[0]

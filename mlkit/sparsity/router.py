@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mlkit.errors import InvalidValueError
+from mlkit.sparsity.config import MODES
+
 __all__ = ["Router", "router_scores", "select_experts", "threshold_logit"]
 
 
@@ -26,9 +29,14 @@ class Router(nn.Linear):
     `nn.Linear`, uniform in +-1/sqrt(hidden_size), from the generator (see also
     `LTEConfig.router_init`).
 
+    All that an LTE layer adds to a stock one is in here: the weights, `neuron_perm` (which stock
+    neurons the experts hold, by position) and, as extra state, mode and threshold. An adapter that
+    holds the router (PEFT's modules_to_save) is then complete.
+
     Args:
         hidden_size: H.
         num_experts: N.
+        neurons: I.
         bias_init: Initial bias; None for no bias.
         generator: Draws the weights; None leaves them undrawn (structure only).
         device: Where the parameters are.
@@ -38,10 +46,13 @@ class Router(nn.Linear):
         [..., H] to [..., N], float32 (float64 for float64 input).
     """
 
+    neuron_perm: Tensor
+
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
+        neurons: int,
         bias_init: float | None = 0.5,
         generator: torch.Generator | None = None,
         device: Any = None,
@@ -59,6 +70,35 @@ class Router(nn.Linear):
         else:
             bias = torch.full((num_experts,), float(bias_init), device="cpu")
             self.bias = nn.Parameter(bias.to(device=device, dtype=dtype))
+        self.register_buffer("neuron_perm", torch.arange(neurons, device=device))
+        self.mode = "soft"
+        self.set_limit(0.0)
+
+    @property
+    def active(self) -> Router:
+        """This router; asked of a wrapper that passes attributes on: the copy that is in use."""
+        return self
+
+    def set_limit(self, limit: float) -> None:
+        """Set the logit of tau."""
+        # A tensor: a controller that moves it makes torch.compile compile once.
+        self.limit = torch.tensor(float(limit), dtype=torch.float64, device="cpu")
+        self.limit_number = float(limit)  # for a kernel's argument
+
+    def get_extra_state(self) -> Float[Tensor, " 2"]:
+        """Return mode and logit of tau, which a checkpoint must know to be the same model."""
+        values = [float(MODES.index(self.mode)), self.limit_number]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Float[Tensor, " 2"]) -> None:
+        """Take what `get_extra_state` gave."""
+        if not isinstance(state, Tensor) or state.shape != (2,):
+            raise InvalidValueError(f"the state of an LTE layer must be two numbers, got {state!r}")
+        number, limit = state.tolist()
+        if number not in range(len(MODES)) or limit != limit:
+            raise InvalidValueError(f"the state of an LTE layer is damaged: {state!r}")
+        self.mode = MODES[int(number)]
+        self.set_limit(limit)
 
     def forward(self, x: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens experts"]:
         """Return the logits."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mlkit.errors import InvalidValueError, RunError
 from mlkit.sparsity.module import SparseExpertMLP, lte_layers
+from mlkit.sparsity.router import Router
 
 __all__ = [
     "LTEFlops",
@@ -236,6 +237,8 @@ class LTEFlops:
 def lte_flops(model: nn.Module, sparsity: float | LTEStats) -> LTEFlops:
     """Count the FLOPs per token of a model with LTE layers, as in the paper's table 1.
 
+    Adapters on linear layers count as merged.
+
     Args:
         model: May be on the meta device. Its blocks are the elements of the innermost
             `nn.ModuleList` or `nn.Sequential` around each LTE layer; without one, all of it.
@@ -255,16 +258,30 @@ def lte_flops(model: nn.Module, sparsity: float | LTEStats) -> LTEFlops:
         for name, layer in layers.items()
     )
     all_experts = sum(layer.expert_flops for layer in layers.values())
-    routers = {id(layer.router) for layer in layers.values()}
     linear = {}
     for block in {id(b): b for b in (_block(model, name) for name in layers)}.values():
+        adapters = _adapter_parts(block)
         for module in block.modules():
             weight = getattr(module, "weight", None)
             is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
             is_bare = isinstance(module, SparseExpertMLP) and weight is not None
-            if (is_linear or is_bare) and id(module) not in routers and weight is not None:
+            if isinstance(module, Router) or id(module) in adapters:
+                continue
+            if (is_linear or is_bare) and weight is not None:
                 linear[id(weight)] = 2 * weight.numel()
     return LTEFlops(ffn, sum(linear.values()) - all_experts, router, skipped)
+
+
+def _adapter_parts(block: nn.Module) -> set[int]:
+    """Modules of adapters (LoRA's A and B), which cost nothing once they are merged."""
+    return {
+        id(part)
+        for module in block.modules()
+        if "base_layer" in module._modules
+        for name, child in module.named_children()
+        if name != "base_layer"
+        for part in child.modules()
+    }
 
 
 def _block(model: nn.Module, name: str) -> nn.Module:
@@ -299,4 +316,5 @@ def set_lte_weights(model: nn.Module, eta: float | None = None, lam: float | Non
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Stop (or resume) the training of the routers: stage 2 adapts the model to hard routing."""
     for layer in lte_layers(model).values():
-        layer.router.requires_grad_(not frozen)
+        for router in layer.routers():
+            router.requires_grad_(not frozen and router is layer.routing)

@@ -40,10 +40,12 @@ def test_dense_output_keys_and_weights_survive(name, tmp_path):
     assert all(moved), "a permutation that moves nothing proves nothing"
 
     keys = set(stock.state_dict())
-    added = {k.rsplit(".", 2)[-2] if "router" in k else k.rsplit(".", 1)[-1]
-             for k in set(model.state_dict()) - keys}  # fmt: skip
+    added = set(model.state_dict()) - keys
     assert keys <= set(model.state_dict())
-    assert added == {"router", "neuron_perm", "_extra_state"}
+    assert {k.rsplit(".", 2)[-2] for k in added} == {"router"}
+    assert {k.rsplit(".", 1)[-1] for k in added} == {
+        "weight", "bias", "neuron_perm", "_extra_state",
+    }  # fmt: skip
 
     set_lte_mode(model, "dense")
     expected = stock(x).logits
@@ -76,9 +78,7 @@ def test_stock_checkpoint_in_a_converted_model(name):
     mlkit.convert(model, SMALL)
     missing, unexpected = model.load_state_dict(trained.state_dict(), strict=False)
     assert not unexpected
-    assert {key.split(".")[-2 if "router" in key else -1] for key in missing} == {
-        "router", "neuron_perm", "_extra_state",
-    }  # fmt: skip
+    assert {key.split(".")[-2] for key in missing} == {"router"}
     set_lte_mode(model, "dense")
     torch.testing.assert_close(model(x).logits, trained(x).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match=r"Missing key.*router\.weight"):

@@ -341,6 +341,79 @@ def test_the_models_own_attention_mask_reaches_the_layers(name):
     assert not model._forward_pre_hooks
 
 
+class Holder(nn.Module):
+    """Calls its network as a LightningModule does: its own forward is passed by."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, *args, **kwargs):
+        return self.net(*args, **kwargs)
+
+
+def test_a_part_that_is_called_directly_is_heard():
+    model, ids = Holder(tiny.llama()), tiny.tokens(2, 6)
+    mlkit.convert(model, LTEConfig(expert_size=8))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for call in (model.training_step, model.net.model, model.net.forward):
+        for argument, expected in ((mask, 9), (None, 12), (mask[:, :], 9)):
+            call(ids, attention_mask=argument)
+            assert lte_stats(model, reset=True).tokens == expected, call
+    with pytest.raises(IndexError):
+        model.net(ids + tiny.VOCABULARY, attention_mask=mask)
+    model.net(ids, attention_mask=mask)
+    model.net(ids)
+    assert lte_stats(model, reset=True).tokens == 9 + 12, "also after a pass that failed"
+    hooked = [n for n, m in model.named_modules() if m._forward_hooks]
+    assert hooked == ["", "net", "net.model"]
+    mlkit.restore(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class TwoTowers(nn.Module):
+    """As an encoder beside a decoder: each part may get a mask of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = tiny.own(), tiny.own()
+
+    def forward(self, x, y, attention_mask=None, right_mask=None):
+        self.left(x, attention_mask=attention_mask)
+        return self.right(y, attention_mask=right_mask)
+
+
+def test_the_mask_of_a_part_wins_in_it():
+    model = TwoTowers()
+    mlkit.convert(model, LTEConfig(expert_size=8, projections=("w1", "w3", "w2")))
+    left, right = torch.ones(4, 6), torch.ones(4, 3)
+    left[0, 1:] = right[1:] = 0
+    model(tiny.vectors(), tiny.vectors(4, 3), left, right)
+    counts = [stats.tokens for stats in lte_stats(model).layers.values()]
+    assert counts == [19, 19, 3, 3]
+
+
+def test_masks_in_a_compiled_model_cause_no_new_graph():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny.own()
+    mlkit.convert(model, LTEConfig(expert_size=8, projections=("w1", "w3", "w2")))
+    compiled = torch.compile(model.train(), backend=backend, fullgraph=True)
+    mask = torch.ones(4, 6)
+    mask[0, 2:] = 0
+    counts = []
+    for _ in range(3):
+        compiled(tiny.vectors(), attention_mask=mask.clone()).sum().backward()
+        counts.append(len(graphs))
+    assert counts == [2, 2, 2], "one for the hook, one for the model"
+    assert lte_stats(model).tokens == 3 * 20
+
+
 def test_generation_with_a_cache_takes_the_last_tokens_of_the_mask():
     model, ids = tiny.llama(), tiny.tokens(2, 6)
     mlkit.convert(model, LTEConfig(expert_size=8, mode="hard"))
@@ -364,7 +437,7 @@ def test_mode_and_threshold_are_in_the_state_dict():
     m.set_threshold(0.0)
     other.load_state_dict(m.state_dict())
     assert (other.mode, other.threshold) == ("hard", 0.0)
-    key = "_extra_state"
+    key = "router._extra_state"
     for damaged in (torch.tensor([7.0, 0.0]), torch.tensor([1.0, torch.nan]), torch.ones(3)):
         with pytest.raises(InvalidValueError, match="the state of an LTE layer"):
             other.load_state_dict(m.state_dict() | {key: damaged})

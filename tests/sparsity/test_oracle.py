@@ -126,7 +126,7 @@ SIZES = {
     mode=st.sampled_from(["dense", "soft", "hard"]),
     router=st.sampled_from(["sigmoid", "topp"]),
     grouping=st.sampled_from(["kmeans", "random", "none"]),
-    router_bias=st.sampled_from([None, 0.5]),
+    router_bias=st.sampled_from([None, 0.0, 0.5]),
     tau=st.floats(0.05, 0.95),
     floor=st.integers(0, 2),
     **SIZES,
@@ -285,21 +285,23 @@ def test_losses_and_their_gradients(seed, shapes, rows, length, tau, eps, masked
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    router_bias=st.sampled_from([None, 0.5]),
+    router_bias=st.sampled_from([None, 0.0, 0.5]),
     masked=st.booleans(),
     tau=st.floats(0.2, 0.8),
     eta=st.floats(0, 2),
     lam=st.floats(0, 1),
+    eps=st.sampled_from([1e-3, 0.25]),
 )
 def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
-    seed, router_bias, masked, tau, eta, lam
+    seed, router_bias, masked, tau, eta, lam, eps
 ):
     shapes = ((2, 3), (5, 1), (1, 4))  # experts, size
     model = Parallel([stock(4, n, s, "silu", True, True, seed + n) for n, s in shapes])
     for number, (_, size) in enumerate(shapes):
         settings_ = config(
-            size, True, router_bias=router_bias, threshold=tau, seed=seed, grouping="random"
-        )
+            size, True, router_bias=router_bias, threshold=tau, seed=seed, grouping="random",
+            sep_eps=eps,
+        )  # fmt: skip
         mlkit.convert(model, settings_, f"layers.{number}")
     layers = list(lte_layers(model).values())
     draw_routers(model, seed)
@@ -315,7 +317,7 @@ def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
     scores = [oracle.scores(values) for values in logits]
     masks = [valid] * len(layers)
     eff = oracle.efficiency_gradient(scores, masks)
-    sep = oracle.separability_gradient(scores, masks, tau, 0.25)
+    sep = oracle.separability_gradient(scores, masks, tau, eps)
     for layer, g, left, right in zip(layers, scores, eff, sep, strict=True):
         slope = (eta * left + lam * right) * g * (1 - g)
         weight = np.array([[sum(slope[t, i] * flat[t, h] for t in range(6)) for h in range(4)]
@@ -332,7 +334,7 @@ def test_eq6_gradient_in_the_routers_of_layers_with_different_n(
     for number, entry in enumerate(stats.layers.values()):
         one = scores[number : number + 1]
         assert entry.eff == pytest.approx(oracle.efficiency(one, masks[:1]))
-        assert entry.sep == pytest.approx(oracle.separability(one, masks[:1], tau, 0.25))
+        assert entry.sep == pytest.approx(oracle.separability(one, masks[:1], tau, eps))
 
 
 def test_soft_mode_gradient_of_every_weight_is_that_of_the_oracle():
