@@ -34,6 +34,7 @@ ONE_STEP = {
         "lte.decode.hidden_size=32",
         "lte.decode.intermediate_size=64",
         "lte.decode.repeats=1",
+        "data.sequence_length=16",
         "data.batch_size=8",
     ],
 }
