@@ -75,6 +75,8 @@ def _figure(method: str, target: str, paper: str, unit: str, **more: object) -> 
         "moefication": "the best k experts (MoEfication)",
         "random_router": "random routers",
         "fixed_router": "routers fixed at the experts' centres",
+        "lte_literal": "its equations as printed",
+        "lte_late": "lambda late, from random routers",
     }
     return Figure(
         what=f"LTE against {names[method]}, {float(target):.0%} of the FFN skipped",
@@ -103,6 +105,18 @@ CLAIMS = [
             _figure(method, target, paper, "nats", is_headline=target == "0.75")
             for target in ("0.5", "0.75", "0.9")
             for method, paper in _ORDER.items()
+        ),
+        verdict=verdict,
+        table=table,
+    ),
+    Claim(
+        name="lte-presets",
+        system="lte",
+        title="Settings of LTE: as printed, with lambda late, and ours (decision 005)",
+        overrides=("recipe=lte", "experiment=lte/presets"),
+        paper=tuple(
+            _figure(method, "0.75", "none: the paper does not say how its routers start", "nats")
+            for method in ("lte_literal", "lte_late", "fixed_router", "random_router")
         ),
         verdict=verdict,
         table=table,

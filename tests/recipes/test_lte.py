@@ -8,7 +8,7 @@ import torch
 from mlkit.convert import conversions, load_pretrained
 from mlkit.errors import InvalidValueError
 from mlkit.models import causal_lm
-from mlkit.sparsity import lte_layers
+from mlkit.sparsity import LTEConfig, lte_layers
 from mlkit.sparsity.settings import METHODS, LTESettings
 from recipes.lte_decode import DecodeTimes
 from tests.helpers.runs import compose_job, run_here, run_python
@@ -138,6 +138,8 @@ def test_settings_need_no_torch(tmp_path):
     assert run_python("-c", code).returncode == 0
     with compose_job(tmp_path, "recipe=lte") as cfg:
         assert cfg.lte.config.expert_size == 16
+    literal = LTESettings(target_sparsity=0.5).lte_config("lte_literal", 0.5, 0)
+    assert literal == LTEConfig.paper_literal(target_sparsity=0.5)
     assert LTESettings(target_sparsity=0.5).lte_config("random_router", 0.5, 3).seed == 3
 
 
