@@ -217,7 +217,7 @@ def test_validation_of_sentences_is_a_share_of_rows():
 
 def test_sequence_without_tokens_is_refused():
     with pytest.raises(InvalidValueError, match="text 1 has no token"):
-        TokenSequences([torch.ones(2), torch.ones(0)], torch.zeros(2, dtype=torch.int64), 0)
+        TokenSequences([torch.arange(2), torch.arange(0)], torch.arange(2), 0)
 
 
 def test_hugging_face_tokenizer_sets_vocabulary_and_padding(tmp_path):
