@@ -32,7 +32,7 @@ def test_opcheck(backend, dtype, bias, requires_grad):
         for tensor in (case.x, case.gate_up, case.down_t, case.gate_up_bias, case.down_bias):
             if tensor is not None:
                 tensor.requires_grad_()
-    args = (*case.tensors, None, case.threshold, case.activation, backend)
+    args = (*case.tensors, None, case.threshold, case.activation, backend, None)
     sparse_mlp(*case.tensors, backend=backend)
     torch.library.opcheck(torch.ops.mlkit.sparse_mlp.default, args)
 
@@ -121,7 +121,7 @@ def test_opcheck_of_the_library():
     case = make(2, 3, 2, 8)
     torch.library.opcheck(
         torch.ops.mlkit.sparse_mlp_cpu.default,
-        (*case.tensors, None, 0.0, 0),
+        (*case.tensors, None, 0.0, 0, None),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
