@@ -21,7 +21,9 @@ def permute_stock_state(
     errors: list[str] = rest[-1]
     layer: Any = site
     if not hasattr(layer, "neuron_perm"):
-        layer = next(m for m in site.children() if hasattr(m, "neuron_perm"))
+        layer = next((m for m in site.children() if hasattr(m, "neuron_perm")), None)
+        if layer is None:
+            return  # packed, which takes no checkpoint and says so
     inner = f"{prefix}{layer.layout.host}." if layer.layout.host else prefix
     order = layer.neuron_perm
     present = [t for t in layer.shape.tensors if prefix + t.key in state_dict]

@@ -165,9 +165,7 @@ def _forward(
     prices: Tensor | None,
 ) -> Tensor:
     tensors = (x, router_weight, router_bias, gate_up, down_t, gate_up_bias, down_bias)
-    chosen = _resolve(
-        backend, tensors, x, gate_up.dtype == down_t.dtype, prices is not None
-    )
+    chosen = _resolve(backend, tensors, x, gate_up.dtype == down_t.dtype, prices is not None)
     if chosen == "cpp":
         if backend == "cpp":
             prices = None
@@ -333,6 +331,7 @@ def sparse_mlp(
         threshold,
         activation,
         backend,
+        prices,
     )
     tokens, chosen = x, mask
     if x.dim() != 2:
