@@ -220,5 +220,5 @@ def test_gpu_auto_and_opcheck():
     assert torch.equal(got, want)
     torch.library.opcheck(
         torch.ops.mlkit.sparse_mlp.default,
-        (*case.tensors, None, case.threshold, case.activation, "triton"),
+        (*case.tensors, None, case.threshold, case.activation, "triton", None),
     )
