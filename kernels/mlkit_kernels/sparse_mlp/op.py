@@ -142,11 +142,6 @@ def _resolve(
     refusal = _triton_refusal(x.device)
     if refusal is not None:
         raise RunError(f"backend='triton' cannot run: {refusal}. Use backend='auto'.")
-    if x.shape[0] > MAX_DECODE_TOKENS:
-        raise InvalidValueError(
-            f"backend='triton' takes at most {MAX_DECODE_TOKENS} tokens, got {x.shape[0]}; "
-            "use backend='auto', or a dense masked GEMM for a prompt."
-        )
     return backend
 
 
@@ -173,9 +168,13 @@ def _forward(
         return torch.ops.mlkit.sparse_mlp_cpu.default(*tensors, mask, threshold, code, prices)
     options: dict[str, Any] = {"mask": mask, "threshold": threshold, "activation": activation}
     if chosen == "triton":
-        from mlkit_kernels.sparse_mlp.triton import sparse_mlp_triton
+        if _is_decode(x):
+            from mlkit_kernels.sparse_mlp.triton import sparse_mlp_triton
 
-        return sparse_mlp_triton(*tensors, **options)
+            return sparse_mlp_triton(*tensors, **options)
+        from mlkit_kernels.sparse_mlp.triton_prefill import sparse_mlp_prefill
+
+        return sparse_mlp_prefill(*tensors, **options)
     run = sparse_mlp_dense if chosen == "dense" else sparse_mlp_reference
     return run(*tensors, **options)
 
@@ -260,10 +259,11 @@ def sparse_mlp(
     union of their experts once.
 
     Limits: `cpp` takes float32 and bfloat16 on CPU, tokens in tiles of 32, any N, S, H; `triton`
-    float32, bfloat16 and float16 on CUDA, at most 8 tokens, N at most 65536; `gate_up` and
-    `down_t` must have one type, x, the router and the biases may have others. `reference` takes
-    any floating-point type and any number of tokens, and reads all weights. All sums are fp32
-    (fp64 in the reference where x is fp64); the result has the type of x. Gradients flow to x, the
+    float32, bfloat16 and float16 on CUDA, N at most 65536, with launches of their own for up to 8
+    tokens and for more; `gate_up` and `down_t` must have one type, x, the router and the biases
+    may have others. `dense` and `reference` take any floating-point type and read all weights:
+    `dense` multiplies in the weights' type, `reference` in fp32, with a copy of them. All other
+    sums are fp32 (fp64 where x is fp64); the result has the type of x. Gradients flow to x, the
     experts and their biases (by the reference's formula); the router gets none.
 
     Args:
