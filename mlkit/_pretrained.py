@@ -98,7 +98,10 @@ def load(model: nn.Module, directory: Path) -> None:
 def _read(directory: Path) -> dict[str, Any]:
     for name in (SETTINGS, WEIGHTS):
         if not (directory / name).is_file():
-            raise InvalidValueError(f"{directory} has no {name}: save_pretrained did not write it")
+            raise InvalidValueError(
+                f"{directory} has no {name}: mlkit's save_pretrained did not write it; a stock "
+                "checkpoint is loaded as ever, before or after mlkit.convert"
+            )
     try:
         settings = json.loads((directory / SETTINGS).read_text())
         number = settings["format"]
@@ -152,6 +155,7 @@ def _load_tensors(model: nn.Module, directory: Path, tied: dict[str, str]) -> No
     except SafetensorError as error:
         raise InvalidValueError(f"{directory / WEIGHTS} is damaged: {error}") from error
     tensors |= {alias: tensors[key] for alias, key in tied.items()}
+    _check_fit(model, directory, tensors)
     assign = _is_meta(model)
     try:
         model.load_state_dict(tensors, strict=True, assign=assign)
@@ -163,6 +167,23 @@ def _load_tensors(model: nn.Module, directory: Path, tied: dict[str, str]) -> No
             kept_owner, _, kept = key.rpartition(".")
             value = getattr(model.get_submodule(kept_owner), kept)
             setattr(model.get_submodule(owner), name, value)
+
+
+def _check_fit(model: nn.Module, directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Say what does not fit before anything is copied."""
+    expected = model.state_dict()
+    wrong = [f"no {key}" for key in expected if key not in tensors]
+    wrong += [f"{key}, which the model has not" for key in tensors if key not in expected]
+    wrong += [
+        f"{key} of shape {tuple(value.shape)}, in the model {tuple(expected[key].shape)}"
+        for key, value in tensors.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise InvalidValueError(
+            f"{directory} does not fit the model: it holds {'; '.join(wrong[:5])}{more}"
+        )
 
 
 def _summary(done: dict[str, Any]) -> str:

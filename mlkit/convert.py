@@ -188,7 +188,7 @@ def _apply(
     if not known:
         raise InvalidValueError(
             f"{type(config).__name__} finds nothing to convert in {type(model).__name__}; "
-            f"the classes of its modules: {_classes(model)}"
+            f"the classes of its modules, and the first of each: {_classes(model)}"
         )
     if not wanted:
         raise InvalidValueError(
@@ -314,7 +314,10 @@ def _by_config(done: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
 
 def _classes(model: nn.Module) -> str:
     counts = Counter(type(m).__name__ for m in model.modules())
-    return ", ".join(f"{name} x{count}" for name, count in counts.most_common(15))
+    first: dict[str, str] = {}
+    for name, module in model.named_modules():
+        first.setdefault(type(module).__name__, name or "the model")
+    return ", ".join(f"{kind} x{count} ({first[kind]})" for kind, count in counts.most_common(15))
 
 
 def _patterns(targets: str | Iterable[str]) -> list[str]:

@@ -204,7 +204,9 @@ def test_refused_modules_raise_or_are_reported():
 def test_root_nothing_and_wrong_types_raise():
     with pytest.raises(InvalidValueError, match=r"the model itself \(Linear\).*wrap it"):
         mlkit.convert(nn.Linear(2, 2), GainConfig())
-    with pytest.raises(InvalidValueError, match=r"nothing to convert in Sequential.*ReLU x2"):
+    with pytest.raises(
+        InvalidValueError, match=r"nothing to convert in Sequential.*ReLU x2 \(0\), Seq"
+    ):
         mlkit.convert(nn.Sequential(nn.ReLU(), nn.ReLU()), GainConfig())
     with pytest.raises(InvalidTypeError, match="must be an nn.Module, got dict"):
         mlkit.convert({}, GainConfig())
@@ -296,6 +298,14 @@ def test_files_that_do_not_fit_raise_and_leave_the_model_alone(tmp_path):
         load_pretrained(other, tmp_path)
     assert not conversions(other)
     assert list(before) == list(other.state_dict())
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in before.items())
+    other = Model()
+    other.encoder[0], other.extra = nn.Linear(4, 5), nn.Linear(2, 2)
+    other.encoder[1].weight.data.fill_(7)
+    message = r"no extra\.weight; no extra\.bias; encoder.*shape \(4, 4\), in the model \(5, 4\)"
+    with pytest.raises(InvalidValueError, match=message):
+        load_pretrained(other, tmp_path)
+    assert (other.encoder[1].weight == 7).all()
     converted = Model()
     mlkit.convert(converted, GainConfig(5.0), "head")
     with pytest.raises(RunError, match=r"gain=5\.0.* in another way .*gain=1\.0"):

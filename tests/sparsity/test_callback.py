@@ -1,3 +1,5 @@
+import contextlib
+
 import lightning as L
 import pytest
 import torch
@@ -88,6 +90,28 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         return {n: p.detach() for n, p in model.named_parameters()}
 
     torch.testing.assert_close(weights(32, 1), weights(16, 2), rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_scaler_scales_the_auxiliary_loss_too(tmp_path):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Scaled(MixedPrecision):
+        """As on a GPU with 16-mixed, but without its rounding."""
+
+        def forward_context(self):
+            return contextlib.nullcontext()
+
+    def weights(**changes):
+        model = module(eta=2.0)
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
+        fit = trainer(tmp_path, LTESchedule(total_steps=20), max_epochs=1, **changes)
+        fit.fit(model, loader())
+        return model.seen, {n: p.detach() for n, p in model.named_parameters()}
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
+    seen, found = weights(plugins=[Scaled("16-mixed", "cpu", scaler)], accumulate_grad_batches=2)
+    assert {scale for _, _, scale in seen} == {2.0**11, 2.0**12}, "it grew once on the way"
+    torch.testing.assert_close(found, weights(accumulate_grad_batches=2)[1], rtol=1e-4, atol=1e-6)
 
 
 def test_resume_in_stage_two_and_mode_from_a_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ CONFIG = LTEConfig(expert_size=8, projections=("w1", "w3", "w2"), activation="si
 
 
 class Checkpointed(tiny.OwnModel):
-    def forward(self, x):
+    def forward(self, x, attention_mask=None):
         x = self.embed(x)
         for layer in self.layers:
             x = x + checkpoint(layer, x, use_reentrant=False)
@@ -38,8 +38,12 @@ def work(rank, world_size, is_masked, is_checkpointed):
     module = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     for _ in range(2):
         model.zero_grad()
-        with lte_context(mask[rows] if is_masked else None):
-            (module(x[rows]).square().sum() * world_size).backward()
+        if is_masked == "argument":
+            output = module(x[rows], attention_mask=mask[rows])
+            (output.square().sum() * world_size).backward()
+        else:
+            with lte_context(mask[rows] if is_masked else None):
+                (module(x[rows]).square().sum() * world_size).backward()
     stats = lte_stats(model, sync=True)
     return {n: p.grad.clone() for n, p in model.named_parameters()}, (stats.tokens, stats.sparsity)
 
@@ -49,7 +53,11 @@ def alone(*arguments):
     return work(0, 1, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [(True, True), (False, False)], ids=["masked", "plain"])
+@pytest.mark.parametrize(
+    "arguments",
+    [(True, True), (False, False), ("argument", True)],
+    ids=["context", "plain", "argument"],
+)
 def test_world_two_equals_world_one_on_the_joined_batch(arguments):
     expected, count = alone(*arguments)
     for gradients, counted in run_ddp(work, 2, *arguments):

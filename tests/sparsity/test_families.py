@@ -102,11 +102,41 @@ def test_half_a_checkpoint_and_one_without_order_are_refused():
         empty.load_state_dict(tiny.opt().state_dict(), strict=False, assign=True)
 
 
-def test_converted_checkpoint_in_an_unconverted_model_says_so():
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_converted_checkpoint_in_an_unconverted_model(name, tmp_path):
+    """torch names the router's keys; without them it is the dense model, in another order."""
+    model, x = tiny.FAMILIES[name](), inputs(name)
+    mlkit.convert(model, SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    set_lte_mode(model, "dense")
+    stock = tiny.FAMILIES[name]()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*router\.neuron_perm"):
+        stock.load_state_dict(model.state_dict())
+    stock.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(stock(x).logits, model(x).logits, rtol=1e-6, atol=1e-6)
+    save_pretrained(model, tmp_path)
+    with pytest.raises(InvalidValueError, match=r"holds a model with a converted .* Linear does n"):
+        load_pretrained(nn.Linear(2, 2), tmp_path)
+
+    padded = tiny.FAMILIES[name]()
+    mlkit.convert(padded, LTEConfig(expert_size=20, pad_to_multiple=True))
+    with pytest.raises(RuntimeError, match=r"size mismatch .*60"):
+        stock.load_state_dict(padded.state_dict(), strict=False)
+
+
+def test_a_folder_of_a_stock_model_is_not_taken_for_a_converted_one(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    with pytest.raises(
+        InvalidValueError, match=r"no mlkit\.json.*a stock checkpoint is loaded as e"
+    ):
+        load_pretrained(tiny.llama(), tmp_path)
+    save_pretrained(tiny.llama(), tmp_path)
     model = tiny.llama()
     mlkit.convert(model, SMALL)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*neuron_perm"):
-        tiny.llama().load_state_dict(model.state_dict())
+    with pytest.raises(RunError, match=r"converted \(2 modules by .* in another way .*\(not\)"):
+        load_pretrained(model, tmp_path)
 
 
 # ------------------------------------------------------------------- refusals
@@ -116,6 +146,15 @@ def test_converted_checkpoint_in_an_unconverted_model_says_so():
 def test_mixtures_are_refused(build):
     with pytest.raises(InvalidValueError, match="is a mixture of experts already"):
         mlkit.convert(build(), SMALL)
+
+
+def test_dense_layers_beside_mixtures_convert_when_asked_for():
+    model = tiny.qwen3_moe(mlp_only_layers=[0])
+    with pytest.raises(InvalidValueError, match=r"layers\.1\.mlp: .*mixture.*strict=False leaves"):
+        mlkit.convert(model, SMALL)
+    report = mlkit.convert(model, LTEConfig(expert_size=8, layers=(0,)))
+    assert report.replaced == ["model.layers.0.mlp"]
+    assert report.skipped == {"model.layers.1.mlp": "not among the layers (0,)"}
 
 
 def test_size_that_does_not_divide_names_the_nearest():
@@ -139,9 +178,58 @@ def test_quantised_and_packed_weights_are_refused():
     assert report.replaced == ["model.layers.1.mlp"]
 
 
-def test_a_model_without_feed_forward_layers_lists_its_classes():
-    with pytest.raises(InvalidValueError, match=r"LTEConfig finds nothing .*Conv2d x1"):
-        mlkit.convert(nn.Sequential(nn.Conv2d(3, 3, 1)), SMALL)
+class Params4bit(nn.Parameter):
+    """As in bitsandbytes: a parameter of bytes."""
+
+
+class AffineQuantizedTensor(torch.Tensor):
+    """As in torchao: a tensor of another kind that says it is float."""
+
+
+class PackedLinear(nn.Module):
+    """As in torch.ao: the weight is a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = None
+
+    def weight(self):
+        return torch.zeros(48, 16)
+
+
+def quantised(kind):
+    layer = nn.Linear(16, 48)
+    if kind == "bitsandbytes":
+        layer.weight = Params4bit(torch.zeros(384, 1, dtype=torch.uint8), requires_grad=False)
+    elif kind == "torchao":
+        weight = torch.zeros(48, 16).as_subclass(AffineQuantizedTensor)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        layer = PackedLinear()
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        ("bitsandbytes", r"Params4bit of torch\.uint8"),
+        ("torchao", "AffineQuantizedTensor of torch"),
+        ("torch.ao", "PackedLinear with weight method"),
+    ],
+)
+def test_other_kinds_of_quantised_weights_are_explained(kind, held):
+    model = tiny.llama()
+    model.model.layers[1].mlp.down_proj = quantised(kind)
+    with pytest.raises(
+        InvalidValueError, match=rf"layers\.1\.mlp: 'down_proj' .*{held}.*: quantised .*then quant"
+    ):
+        mlkit.convert(model, SMALL)
+
+
+def test_a_model_without_feed_forward_layers_lists_its_modules():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    with pytest.raises(InvalidValueError, match=r"LTEConfig finds nothing .*Conv2d x2 \(0\)"):
+        mlkit.convert(model, SMALL)
 
 
 def test_chunked_layers_are_refused():

@@ -78,6 +78,27 @@ def test_injection_is_an_identity_whose_gradient_is_that_of_the_sum():
     torch.testing.assert_close(left.grad, right.grad, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_gradient_scaler_and_accumulated_batches(accumulated):
+    """Half precision's way: both parts are scaled by the scaler and divided by the batches."""
+
+    def gradient(scale):
+        g = scores(4, 3).requires_grad_()
+        for rows in g.split(4 // accumulated):
+            aux = 0.5 * efficiency_loss(rows) + 0.25 * separability_loss(rows, eps=1e-2)
+            with aux_loss_scale(scale / accumulated):
+                injected = inject_aux_loss(rows, aux)
+                (injected.sin().mean() * scale / accumulated).backward()
+        return g.grad / scale
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    g = scores(4, 3).requires_grad_()
+    aux = 0.5 * efficiency_loss(g) + 0.25 * separability_loss(g, eps=1e-2)
+    (g.sin().mean() + aux).backward()
+    torch.testing.assert_close(gradient(scaler.get_scale()), g.grad, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(1.0), g.grad, rtol=1e-12, atol=0)
+
+
 def test_scale_multiplies_the_auxiliary_gradient_only():
     g = torch.tensor([2.0], requires_grad=True)
     with aux_loss_scale(8.0):

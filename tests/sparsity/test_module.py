@@ -156,6 +156,9 @@ def test_bad_arguments():
         layer().set_mode("sparse")
     with pytest.raises(InvalidValueError, match=r"threshold must be in \[0, 1\], got 2"):
         layer().set_threshold(2)
+    for name in ("eta", "lam"):
+        with pytest.raises(InvalidValueError, match=f"{name} must be at least 0, got -1"):
+            set_lte_weights(layer(), **{name: -1})
     with pytest.raises(RunError, match=r"no LTE layer: mlkit\.convert"):
         set_lte_mode(nn.Linear(2, 2), "hard")
     with pytest.raises(RunError, match="has seen no token"):
@@ -314,6 +317,27 @@ def test_weights_by_flops_share():
     model = nn.Sequential(layer(layer_weighting="flops"), layer(False, layer_weighting="flops"))
     link_lte_layers(model)
     assert [m.loss_weight for m in model] == [0.6, 0.4]
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "topp"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradcheck_of_soft_routing_without_the_losses(gated, router):
+    m = layer(gated, router=router).train()
+    set_lte_weights(m, eta=0.0, lam=0.0)
+    weights = dict(m.named_parameters())
+
+    def function(value, *parameters):
+        return torch.func.functional_call(m, dict(zip(weights, parameters, strict=True)), value)
+
+    inputs = [p.detach().clone().requires_grad_() for p in weights.values()]
+    assert torch.autograd.gradcheck(function, (x(2).requires_grad_(), *inputs))
+
+
+def test_hard_routing_gives_the_router_no_gradient():
+    m = layer(mode="hard").train()
+    m(x(3)).square().sum().backward()
+    assert m.router.weight.grad is None
+    assert m.up_proj.weight.grad.any()
 
 
 # ---------------------------------------------------------------------- masks

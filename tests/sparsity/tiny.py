@@ -154,11 +154,11 @@ def mixtral() -> nn.Module:
     return seeded(lambda: MixtralForCausalLM(config))
 
 
-def qwen3_moe() -> nn.Module:
+def qwen3_moe(**changes: Any) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        **_sizes(), num_key_value_heads=2, num_experts=4, moe_intermediate_size=8
+        **_sizes(), num_key_value_heads=2, num_experts=4, moe_intermediate_size=8, **changes
     )
     return seeded(lambda: Qwen3MoeForCausalLM(config))
 
