@@ -29,6 +29,7 @@ from rich.progress import Progress
 import mlkit
 from mlkit.convert import load_pretrained, save_pretrained
 from mlkit.data import TextDataModule, TextSpec
+from mlkit.data.text_rows import read_rows
 from mlkit.models import TransformerModule, classification_accuracy, language_model_loss
 from mlkit.report import Report, RunContext, is_global_zero
 from mlkit.sparsity import (
@@ -107,6 +108,8 @@ class LTE:
                     progress.update(bar, description=cell.key)
                     run.unit(cell.key, self._work(run, cell, datamodule))
                     progress.advance(bar)
+            if self.data.task == "classification":
+                run.unit("tfidf", self._tfidf)
             progress.update(bar, description="decode")
             times = self._decode(run, cells)
         return report_of(run, self.settings, self.data, cells, times)
@@ -205,6 +208,19 @@ class LTE:
             "input_sparsity": sum(inputs) / len(inputs),
             "flops_fraction": 1 - flops.skipped / flops.dense,  # without a router
         }
+
+    def _tfidf(self) -> dict[str, float]:
+        """Accuracy of logistic regression on words and pairs of words, without a network."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        train, test = (read_rows(self.data, part) for part in ("train", "test"))
+        model = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
+        )
+        model.fit(train.texts, train.labels)
+        return {"quality": float(model.score(test.texts, test.labels))}
 
     def _decode(self, run: RunContext, cells: list[Cell]) -> dict[str, dict[str, float]]:
         """Time a token at each method's mean measured sparsity."""

@@ -92,7 +92,8 @@ class DecodeTimes:
         router, gate_up, down_t = self._packed
         logits = F.linear(x, router)[0].sort().values
         skipped = min(round(sparsity * self.experts), self.experts - 1)
-        threshold = float(logits[skipped - 1]) if skipped else -torch.inf
+        between = (logits[max(skipped, 1) - 1] + logits[skipped]) / 2
+        threshold = float(between) if skipped else -torch.inf
         return lambda: sparse_mlp(x, router, None, gate_up, down_t, threshold=threshold)
 
     def _columns(self, x: Tensor, sparsity: float, input_sparsity: float) -> Callable[[], Tensor]:

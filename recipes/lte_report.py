@@ -46,6 +46,12 @@ def report_of(
         if "undecided" in units[0]:
             report.metric(f"undecided/{name}", mean(units, "undecided"))
     is_accuracy = data.task == "classification"
+    if "tfidf" in run.finished:
+        report.metric("quality/tfidf/0", run.finished["tfidf"]["quality"])
+        report.facts["TF-IDF"] = (
+            f"{100 * run.finished['tfidf']['quality']:.1f} % by logistic regression on words and "
+            "pairs of words"
+        )
     _table(report, rows, times, is_accuracy)
     for target in settings.targets:
         _verdict(report, rows, target, is_accuracy)

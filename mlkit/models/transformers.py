@@ -73,7 +73,7 @@ def causal_lm(
 
 def sequence_classifier(
     pretrained: str,
-    num_classes: int,
+    num_classes: int | None,
     *,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,

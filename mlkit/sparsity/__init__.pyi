@@ -1,3 +1,4 @@
+from .break_even import measure_break_even as measure_break_even
 from .callback import LTESchedule as LTESchedule
 from .callback import SparsityController as SparsityController
 from .config import LTEConfig as LTEConfig
@@ -33,3 +34,5 @@ from .stats import reset_lte_stats as reset_lte_stats
 from .stats import set_lte_mode as set_lte_mode
 from .stats import set_lte_threshold as set_lte_threshold
 from .stats import set_lte_weights as set_lte_weights
+from .usage import count_experts as count_experts
+from .usage import expected_active_fraction as expected_active_fraction

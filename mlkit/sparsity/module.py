@@ -52,6 +52,9 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 assert set(_FUNCTIONS) == set(ACTIVATIONS)
 
+PACKED_LAYER = "_lte_layer"
+"""Where a `PackedExpertMLP` keeps the layer for training."""
+
 
 class SparseExpertMLP(nn.Module):
     """A feed-forward layer of N = I / S experts, each a block of S neurons, and their router.
@@ -428,7 +431,7 @@ def lte_layers(model: nn.Module) -> dict[str, SparseExpertMLP]:
     """
     found = {}
     for name, module in model.named_modules():
-        layer = module.__dict__.get("_lte_layer", module)  # a packed one has the layer in it
+        layer = module.__dict__.get(PACKED_LAYER, module)
         if isinstance(layer, SparseExpertMLP):
             found[name] = layer
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from mlkit.errors import RunError
 from mlkit.sparsity.blocks import Piece
 from mlkit.sparsity.config import MODES
-from mlkit.sparsity.module import SparseExpertMLP
+from mlkit.sparsity.module import PACKED_LAYER, SparseExpertMLP
+from mlkit.sparsity.router import router_scores
 from mlkit_kernels.sparse_mlp import sparse_mlp
 
-__all__ = ["PackedExpertMLP", "is_packed"]
+if TYPE_CHECKING:
+    from mlkit.sparsity.usage import ExpertUsage
 
-_LAYER = "_lte_layer"
+__all__ = ["PackedExpertMLP"]
 
 
 class PackedExpertMLP(nn.Module):
@@ -52,8 +54,10 @@ class PackedExpertMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.training = False
-        self.__dict__[_LAYER] = layer  # not a child: it has no weights now
+        self.__dict__[PACKED_LAYER] = layer  # not a child: it has no weights now
         self.pieces, self.activation, self.backend = pieces, activation, backend
+        self.usage: ExpertUsage | None = None
+        self.prices: Tensor | None = None  # of `measure_prices`; no buffer: it stays where it is
         self.router = layer.router
         self.register_state_dict_post_hook(_say_hard)
         for name in ("gate_up", "down_t", "gate_up_bias"):
@@ -61,6 +65,7 @@ class PackedExpertMLP(nn.Module):
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, parameter)
         self.register_parameter("down_bias", down_bias)
+        self.packed_dtype = self.gate_up.dtype
         self.routes_in_kernel = (
             layer.config.router == "sigmoid"
             and layer.config.min_experts == 0
@@ -70,32 +75,42 @@ class PackedExpertMLP(nn.Module):
     @property
     def layer(self) -> SparseExpertMLP:
         """The layer for training, whose weights are here."""
-        layer: SparseExpertMLP = self.__dict__[_LAYER]
+        layer: SparseExpertMLP = self.__dict__[PACKED_LAYER]
         return layer
 
     def forward(self, x: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
         """Return the output of the whole feed-forward layer."""
-        mask = None if self.routes_in_kernel else self._mask(x)
+        in_kernel = self.routes_in_kernel and self.usage is None
         router: Any = self.router
         return sparse_mlp(
             x,
-            router.weight if mask is None else None,
-            router.bias if mask is None else None,
+            router.weight if in_kernel else None,
+            router.bias if in_kernel else None,
             self.gate_up,
             self.down_t,
             self.gate_up_bias,
             self.down_bias,
-            mask=mask,
+            mask=None if in_kernel else self._mask(x),
             threshold=self.layer.limit,
             activation=self.activation,
             backend=self.backend,
+            prices=self.prices,
         )
 
     def _mask(self, x: Float[Tensor, "*tokens hidden"]) -> Bool[Tensor, "*tokens experts"]:
+        """Return the choice of the layer for training; count it, if that was asked for."""
+        layer = self.layer
         logits = self.router(x)
-        if self.layer.config.debug and bool(logits.isnan().any()):
+        if layer.config.debug and bool(logits.isnan().any()):
             raise RunError("a router gave NaN: its input or its weights are not finite")
-        return self.layer.select(logits)
+        mask = layer.select(logits)
+        if self.usage is not None:
+            token_mask = layer.group.token_mask()
+            valid = None if token_mask is None else token_mask.of(x, False)
+            scores = router_scores(logits, layer.config.router)
+            layer.counts.add(scores, mask, valid, layer.config.threshold, layer.config.sep_eps)
+            self.usage.add(mask, valid)
+        return mask
 
     def train(self, mode: bool = True) -> PackedExpertMLP:
         """Refuse to be trained; `eval()` is what it is."""
@@ -150,8 +165,3 @@ class PackedExpertMLP(nn.Module):
 def _say_hard(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Put into a state dict the mode in which a packed layer runs, whatever it is when unpacked."""
     state_dict[f"{prefix}router._extra_state"][0] = MODES.index("hard")
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Whether a module is what `pack_for_inference` made."""
-    return isinstance(module, PackedExpertMLP)

@@ -6,7 +6,8 @@ Layer by layer, so that at most one of them is there twice.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from mlkit.convert import _TAG
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError, nearest
 from mlkit.sparsity.blocks import pack_pieces, pieces_of
+from mlkit.sparsity.break_even import measure_break_even
 from mlkit.sparsity.module import SparseExpertMLP, lte_layers, site_of
 from mlkit.sparsity.packed import PackedExpertMLP
 from mlkit_kernels.sparse_mlp import ACTIVATIONS, available_backends
@@ -38,6 +40,8 @@ class PackRow:
         dtype: Of the packed weights.
         nbytes: Of the packed weights, router included.
         mode: The mode that the layer was in.
+        dense_above: For backend="auto" on a CPU: number of tokens to the fraction of selected
+            experts above which a dense GEMM runs, see `measure_break_even`.
     """
 
     name: str
@@ -47,23 +51,28 @@ class PackRow:
     dtype: torch.dtype
     nbytes: int
     mode: str
+    dense_above: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack_for_inference` did; prints as a table."""
+    """What `pack_for_inference` did; prints as a table.
+
+    Its last column: above which share of experts a dense GEMM runs (for how many tokens).
+    """
 
     backend: str
     rows: tuple[PackRow, ...]
 
     def __str__(self) -> str:
-        head = ("layer", "experts", "hidden", "type", "bytes", "mode before")
+        head = ("layer", "experts", "hidden", "type", "bytes", "mode before", "dense above")
         lines: list[tuple[str, ...]] = [head]
         for r in self.rows:
             kind = str(r.dtype).removeprefix("torch.")
             size = f"{r.experts}x{r.expert_size}"
-            lines.append((r.name, size, str(r.hidden_size), kind, f"{r.nbytes:,}", r.mode))
-        lines.append((f"{len(self.rows)} packed, backend {self.backend!r}", *[""] * 5))
+            above = ", ".join(f"{f:.0%} ({t})" for t, f in r.dense_above.items())
+            lines.append((r.name, size, str(r.hidden_size), kind, f"{r.nbytes:,}", r.mode, above))
+        lines.append((f"{len(self.rows)} packed, backend {self.backend!r}", *[""] * 6))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -93,8 +102,9 @@ def pack_for_inference(
 
     Args:
         model: Changed in place. It must hold the layers; it cannot be one itself.
-        backend: "auto": per call, what is fastest; or one of the kernel's: "cpp", "triton",
-            "dense", "reference".
+        backend: "auto": in each call what is fastest for what its tokens selected, as measured
+            here (some tenths of a second, see `measure_break_even`); or one of the kernel's:
+            "cpp", "triton", "dense", "reference".
         dtype: Of the packed weights (not of the routers); None leaves it.
 
     Returns:
@@ -128,6 +138,8 @@ def pack_for_inference(
             )
         )  # fmt: skip
         _replace(model, layer, made)
+    above = measure_break_even(model)
+    rows = [replace(row, dense_above=above.get(row.name, {})) for row in rows]
     changed = sorted({row.mode for row in rows} - {"hard"})
     if changed:
         logger.info("packed layers run in hard mode; they were in %s mode", " and ".join(changed))
@@ -259,9 +271,10 @@ def _pack(plan: _Plan, backend: str) -> PackedExpertMLP:
 def _fill(site: nn.Module, packed: PackedExpertMLP) -> None:
     """Give the layer for training its weights back, and take them from the packed one."""
     values = packed.training_tensors()
+    was_cast = packed.gate_up.dtype != packed.packed_dtype  # the whole model, since
     for piece in packed.pieces:
-        parameter = site.get_parameter(piece.key)
-        parameter.data = values.pop(piece.key).to(piece.dtype)
+        parameter, value = site.get_parameter(piece.key), values.pop(piece.key)
+        parameter.data = value if was_cast else value.to(piece.dtype)
     packed._parameters.clear()
 
 

@@ -18,8 +18,22 @@ METHODS = {
     "moefication": "the best k experts of the dense model, known from all values",
     "random_router": "random routers that stay so; the model adapts to hard routing",
     "fixed_router": "routers that stay at the experts' centres; the model adapts to hard routing",
+    "lte_literal": "LTE by the paper's equations as they are printed, LTEConfig.paper_literal",
+    "lte_late": "LTE from random routers, nearly dense, without separability in the first half",
 }
-"""What can be compared. `fixed_router` is LTE without its training of the routers."""
+"""What can be compared. `fixed_router` is LTE without its training of the routers; the last two are
+LTE with other settings, see decision 005."""
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "random_router": {"router_init": "random", "router_bias": 0.0},
+    "lte_literal": {"router_init": "random", "router_bias": None, "sep_eps": 1e-6},
+    "lte_late": {
+        "router_init": "random",
+        "router_bias": 2.0,
+        "sep_eps": 1e-3,
+        "lam_schedule": (0.5, 0.3),
+    },
+}
 
 
 @dataclass(kw_only=True)
@@ -108,8 +122,8 @@ class LTESettings:
         Raises:
             InvalidValueError: For an argument that `LTEConfig` does not have or allow.
         """
-        own = {"random_router": {"router_init": "random", "router_bias": 0.0}}.get(method, {})
-        arguments = {**self.config, "target_sparsity": target, "seed": seed, **own}
+        arguments = {**self.config, "target_sparsity": target, "seed": seed}
+        arguments |= _PRESETS.get(method, {})
         known = LTEConfig.__dataclass_fields__
         for name in arguments:
             if name not in known:

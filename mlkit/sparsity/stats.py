@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlkit.errors import InvalidValueError, RunError
+from mlkit.sparsity.module import PACKED_LAYER as _LAYER
 from mlkit.sparsity.module import SparseExpertMLP, lte_layers
 from mlkit.sparsity.router import Router
 
@@ -167,9 +168,10 @@ def _read(model: nn.Module, sync: bool, before: Mapping[str, Tensor]) -> LTEStat
         count = layer.counts.values(sums)
         tokens = count["tokens"]
         if tokens == 0:
+            hint = "; a packed layer counts after count_experts(model)" if layer.is_packed else ""
             raise RunError(
                 f"layer {name!r} has seen no token in soft or hard mode since the last reset; run "
-                "the model first"
+                f"the model first{hint}"
             )
         layers[name] = LayerStats(
             sparsity=1 - count["active"] / (tokens * layer.num_experts),
@@ -269,6 +271,8 @@ def lte_flops(model: nn.Module, sparsity: float | LTEStats) -> LTEFlops:
                 continue
             if (is_linear or is_bare) and weight is not None:
                 linear[id(weight)] = 2 * weight.numel()
+            if _LAYER in module.__dict__:  # packed
+                linear[id(module)] = module.__dict__[_LAYER].expert_flops
     return LTEFlops(ffn, sum(linear.values()) - all_experts, router, skipped)
 
 

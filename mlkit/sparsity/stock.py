@@ -25,8 +25,8 @@ def permute_stock_state(
     layer: Any = site
     if not hasattr(layer, "neuron_perm"):
         layer = next((m for m in site.children() if hasattr(m, "neuron_perm")), None)
-    if layer is None:
-        return  # packed, which refuses to be loaded by itself
+        if layer is None:
+            return  # packed, which takes no checkpoint and says so
     inner = f"{prefix}{layer.layout.host}." if layer.layout.host else prefix
     router = [key for key in state_dict if key.startswith(f"{inner}router.")]
     orders = {key: state_dict[key] for key in router if key.endswith(".neuron_perm")}

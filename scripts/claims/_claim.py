@@ -33,6 +33,8 @@ class Figure:
         terms: Where that is not recorded (a single seed): the two metrics whose difference it is.
         paper: The paper's figure with its setting and where it is known from.
         sign: Direction of the paper's difference: 1 above, -1 below.
+        margin: Where the paper finds no difference: what ours may be below, as a fraction.
+        unit: "points" of fractions, or another unit, in which the metric is.
         is_headline: Shown in the README as well.
     """
 
@@ -41,6 +43,8 @@ class Figure:
     paper: str
     terms: tuple[str, str] | None = None
     sign: int = 1
+    margin: float | None = None
+    unit: str = "points"
     is_headline: bool = False
 
     def value(self, metrics: Metrics) -> float | None:
@@ -56,11 +60,19 @@ class Figure:
         low, high = (metrics.get(f"{measure}_{end}/{rest}") for end in ("low", "high"))
         return None if low is None or high is None else (low, high)
 
+    def text(self, value: float) -> str:
+        """A difference as text, without its unit."""
+        return f"{100 * value:+.1f}" if self.unit == "points" else f"{value:+.3f}"
+
     def verdict(self, metrics: Metrics) -> str:
         """Whether ours points where the paper's figure does."""
         value, interval = self.value(metrics), self.interval(metrics)
         if value is None:
             return "not measured"
+        if self.margin is not None:
+            allowed = self.text(self.margin).lstrip("+")
+            where = "within" if value >= -self.margin else "not within"
+            return f"{where} {allowed} {self.unit} of it"
         if interval is None:
             agrees = value * self.sign > 0
             return f"{'same' if agrees else 'not the same'} direction, no interval"

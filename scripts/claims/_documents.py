@@ -91,18 +91,14 @@ def _measured(figure: Figure, result: Stored) -> list[str]:
     count, interval = len(result["seeds"]), figure.interval(metrics)
     seeds = f"{count} seed" if count == 1 else f"{count} seeds"
     if interval is not None:
-        seeds += f", 95 %: {_points(interval[0])} to {_points(interval[1])}"
+        seeds += f", 95 %: {figure.text(interval[0])} to {figure.text(interval[1])}"
     value = figure.value(metrics)
     return [
-        "" if value is None else f"{_points(value)} points",
+        "" if value is None else f"{figure.text(value)} {figure.unit}",
         data,
         seeds,
         figure.verdict(metrics),
     ]
-
-
-def _points(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}"
 
 
 def _absent(claim: Claim) -> str:

@@ -676,6 +676,20 @@ def test_terms_have_to_be_accepted(world: World) -> None:
     assert fetch("tiny", accept_license=True) == fetch("tiny")
 
 
+def test_a_missing_extra_is_named_before_anything_is_downloaded(world: World) -> None:
+    world.npm(needs=("json", "no_such_module"))
+    world.refuses(r"tiny: converting it needs no_such_module: pip install 'mlkit-torch\[hf\]'")
+    assert world.runs() == []
+    world.npm(needs=("json",))
+    fetch("tiny")
+
+
+def test_a_model_is_replaced_by_another_key(world: World) -> None:
+    world.npm(key="model.net.pretrained", needs=("no_such_module",))
+    with pytest.raises(RunError, match=r"or set model\.net\.pretrained=/path/to/your/copy"):
+        fetch("tiny")
+
+
 # The command line
 
 

@@ -1,15 +1,22 @@
 """TextSpec and TextDataModule: every token once, whole documents apart, errors before the work."""
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlkit.data import ByteTokenizer, TextDataModule, TextSpec
 from mlkit.data.text_examples import TokenBlocks, TokenSequences
 from mlkit.errors import InvalidTypeError, InvalidValueError, MissingDataError
-from tests.helpers.text import write_tokenizer
+from mlkit.models import classification_accuracy, language_model_loss
+from mlkit.run import build
+from tests.helpers.data import fixture_overrides
+from tests.helpers.runs import compose_job
+from tests.helpers.text import network_overrides, write_tokenizer
 
 HERE = "tests.data.test_text_datamodule"
 END = ByteTokenizer.eos_token_id
@@ -210,7 +217,7 @@ def test_validation_of_sentences_is_a_share_of_rows():
 
 def test_sequence_without_tokens_is_refused():
     with pytest.raises(InvalidValueError, match="text 1 has no token"):
-        TokenSequences([torch.ones(2), torch.ones(0)], torch.zeros(2, dtype=torch.int64), 0)
+        TokenSequences([torch.arange(2), torch.arange(0)], torch.arange(2), 0)
 
 
 def test_hugging_face_tokenizer_sets_vocabulary_and_padding(tmp_path):
@@ -341,3 +348,81 @@ def test_source_hashes_the_rows_whatever_holds_them():
     assert changed.split(", ")[0] != hashes.split(", ")[0]
     assert changed.split(", ")[1] == hashes.split(", ")[1]
     assert classification().source() != classification(train=node("sentences", num=29)).source()
+
+
+# --------------------------------------------------------------------------- configured sets
+
+LANGUAGE = ["pydoc", "brown", "shakespeare", "e2e", "wikitext"]
+
+
+def configured(tmp_path, data, model, *more):
+    """The specification of a data group on its fixture, and the built model, fit for one step."""
+    pytest.importorskip("transformers")
+    overrides = [
+        *fixture_overrides(data, tmp_path / "data"),
+        *network_overrides(model, tmp_path / "net"),
+        *more,
+    ]
+    names = ["recipe=ccs", f"data={data}", f"model={model}"]
+    with compose_job(tmp_path, *names, *overrides) as cfg:
+        spec = build(cfg.data)
+        spec.check_files()
+        module = spec.build(seed=0)
+        return module, instantiate(cfg.model, net=module.model_arguments)
+
+
+def one_step(module, network):
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = [p.detach().clone() for p in network.parameters()]
+    trainer.fit(network, module.train_dataloader())
+    assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", ["llama_tiny", "smollm2_135m"])
+@pytest.mark.parametrize("data", LANGUAGE)
+def test_configured_language_model_trains(tmp_path, data, model):
+    module, network = configured(tmp_path, data, model, "data.sequence_length=16")
+    batch = next(iter(module.train_dataloader()))
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert batch["input_ids"].max() < module.vocab_size
+    one_step(module, network)
+    assert 0 < language_model_loss(network.net, module.val_dataloader()) < 7
+
+
+@pytest.mark.parametrize("model", ["minilm", "hf_classifier"])
+def test_configured_classifier_trains(tmp_path, model):
+    module, network = configured(tmp_path, "vader_movie", model)
+    one_step(module, network)
+    assert 0 <= classification_accuracy(network.net, module.test_dataloader()) <= 1
+
+
+def test_own_files_train(tmp_path):
+    (tmp_path / "mine.txt").write_text("a line of mine\n" * 60)
+    files = [f"data.{part}.data_files='{tmp_path}/mine.txt'" for part in ("train", "test")]
+    parts = ["data.train.split='train[:80%]'", "data.test.split='train[80%:]'"]
+    short = "data.sequence_length=16"
+    module, network = configured(tmp_path, "custom_text", "llama_tiny", *files, *parts, short)
+    assert bytes_of(module, "test") == b"a line of mine\0" * 12  # 256, the end, modulo 256
+    one_step(module, network)
+
+
+@pytest.mark.parametrize("data", ["brown", "wikitext"])
+def test_files_of_a_configured_set_are_asked_for(tmp_path, data):
+    with compose_job(
+        tmp_path, "recipe=ccs", f"data={data}", "model=llama_tiny", f"data.root='{tmp_path}/none'"
+    ) as cfg:
+        spec = build(cfg.data)
+    with pytest.raises(MissingDataError, match=rf"{data} is n.*data\.root=/path/to/your/copy"):
+        spec.check_files()
+
+
+def test_a_model_for_classes_refuses_a_language_set(tmp_path):
+    with pytest.raises(InstantiationException, match="is the data for data.task=classification"):
+        configured(tmp_path, "pydoc", "minilm")

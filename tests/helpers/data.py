@@ -1,11 +1,13 @@
 """Small data sets in the true formats of sets that are not on every machine.
 
 Images are random, with a brightness that depends on the class, so that there is something to learn.
+Text is words and numbers, enough for a few blocks of the configured length.
 `fixture_overrides` gives what a run needs to take one of them instead of the real set.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import pickle
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
+from mlkit.data.datasets import write_parquet
 from mlkit.data.idx import IDX_FILES, write_idx
 
 __all__ = ["FIXTURES", "CIFAR10Fixture", "CIFAR100Fixture", "fixture_overrides"]
@@ -95,11 +98,55 @@ def write_mnist(root: Path, class_name: str, num_train: int = 80, num_test: int 
         write_idx(folder / names[1], labels)
 
 
+def write_parquet_text(root: Path, num_train: int = 30, num_test: int = 6) -> None:
+    """Write `train.parquet` and `test.parquet` of documents."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, num in (("train", num_train), ("test", num_test)):
+        rows = [{"text": f"{part} {i}.\n" + "words and words. " * (5 + i % 7)} for i in range(num)]
+        write_parquet(root / f"{part}.parquet", rows)
+
+
+def write_parquet_sentences(root: Path, num_train: int = 40, num_test: int = 10) -> None:
+    """Write `train.parquet` and `test.parquet` of sentences with two labels."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, num in (("train", num_train), ("test", num_test)):
+        kinds = ("bad", "good")
+        rows = [{"sentence": f"a {kinds[i % 2]} film {i}", "label": i % 2} for i in range(num)]
+        write_parquet(root / f"{part}.parquet", rows)
+
+
+def write_e2e(root: Path, num: int = 24) -> None:
+    """Write `devset.csv` and `testset_w_refs.csv`, two sentences for each representation."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in ("devset.csv", "testset_w_refs.csv"):
+        with (root / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["mr", "ref"])
+            for i in range(num):
+                place = f"The Place {name[0]}{i // 2}"
+                fact = "eatType[pub], food[French]"
+                writer.writerow([f"name[{place}], {fact}", f'{place}, "pub" {i}, has French food.'])
+
+
+def write_wikitext(root: Path, num_train: int = 12, num_test: int = 3) -> None:
+    """Write `wiki.train.raw` and `wiki.test.raw`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, num in (("train", num_train), ("test", num_test)):
+        article = " \n = {} {} = \n \n Some text , of it . \n \n = = Part = = \n \n More of it . \n"
+        text = "".join(article.format(part.title(), i) for i in range(num))
+        (root / f"wiki.{part}.raw").write_text(text, encoding="utf-8")
+
+
 FIXTURES: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "cifar10": (write_cifar10, "tests.helpers.data.CIFAR10Fixture"),
     "cifar100": (write_cifar100, "tests.helpers.data.CIFAR100Fixture"),
     "fashion_mnist": (lambda root: write_mnist(root, "FashionMNIST"), None),
     "mnist10k": (lambda root: write_mnist(root, "MNIST"), None),
+    "brown": (write_parquet_text, None),
+    "shakespeare": (write_parquet_text, None),
+    "vader_movie": (write_parquet_sentences, None),
+    "e2e": (write_e2e, None),
+    "wikitext": (write_wikitext, None),
 }
 """By the name of the data configuration: who writes the fixture, and the class that reads it where
 the stock class insists on hashes."""

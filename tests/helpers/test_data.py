@@ -40,16 +40,18 @@ def test_mnist_family_is_read_by_the_stock_class(name, tmp_path):
         assert np.array_equal(read.targets, np.arange(size) % 10)
 
 
-@pytest.mark.parametrize("name", fixtures.FIXTURES)
+IMAGES = {
+    "cifar10": fixtures.CIFAR10Fixture,
+    "cifar100": fixtures.CIFAR100Fixture,
+    "fashion_mnist": datasets.FashionMNIST,
+    "mnist10k": datasets.MNIST,
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_classes_differ_in_brightness(name, tmp_path):
     fixtures.FIXTURES[name][0](tmp_path)
-    cls = {
-        "cifar10": fixtures.CIFAR10Fixture,
-        "cifar100": fixtures.CIFAR100Fixture,
-        "fashion_mnist": datasets.FashionMNIST,
-        "mnist10k": datasets.MNIST,
-    }[name]
-    read = cls(str(tmp_path), train=True)
+    read = IMAGES[name](str(tmp_path), train=True)
     brightness = np.asarray(read.data, dtype=float).reshape(len(read), -1).mean(axis=1)
     assert np.corrcoef(brightness, np.asarray(read.targets))[0, 1] > 0.99
 

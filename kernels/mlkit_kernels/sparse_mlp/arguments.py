@@ -10,9 +10,12 @@ from torch import Tensor
 from mlkit.errors import InvalidTypeError, InvalidValueError, nearest
 from mlkit_kernels.sparse_mlp.reference import ACTIVATIONS
 
-__all__ = ["BACKENDS", "check_arguments"]
+__all__ = ["BACKENDS", "NUM_PRICES", "TILE", "check_arguments"]
 
 BACKENDS = ("auto", "reference", "dense", "cpp", "triton")
+TILE = 32
+"""Tokens that share one pass over the weights, as in cpu.cpp."""
+NUM_PRICES = 2 * TILE + 2
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -34,6 +37,7 @@ def check_arguments(
     threshold: float,
     activation: str,
     backend: str,
+    prices: Tensor | None,
 ) -> None:
     """Refuse what does not fit, naming the argument.
 
@@ -101,6 +105,13 @@ def check_arguments(
             raise InvalidValueError(
                 f"{name} is on {tensor.device} but x is on {x.device}; move one to the other."
             )
+    if prices is not None and not (
+        prices.shape == (NUM_PRICES,) and prices.dtype == torch.float64 and prices.is_cpu
+    ):
+        raise InvalidValueError(
+            f"prices must be {NUM_PRICES} numbers of float64 on the CPU, as measure_prices returns "
+            f"them, got {prices.dtype} of shape {tuple(prices.shape)} on {prices.device}."
+        )
     if math.isnan(threshold):
         raise InvalidValueError(
             "threshold must be a logit (a number, inf or -inf), got nan; "

@@ -1,9 +1,9 @@
-// Sparse expert MLP for few tokens (decode): only the selected experts' weights are read.
+// Sparse expert MLP on CPUs: only the selected experts' weights are read.
 //
 //   y = b_down + sum over selected experts e, neurons j of
 //         act(gate_ej . x + bg_ej) * (up_ej . x + bu_ej) * down_ej     (reference.py, same layout)
 //
-// Tokens are taken in tiles of at most 8. For a tile: (1) the router's GEMV, threads over experts;
+// Tokens are taken in tiles of at most 32. For a tile: (1) the router's GEMV, threads over experts;
 // (2) the union of the experts that its tokens selected, with one bit per token; (3) threads over
 // the neurons of the union in fixed ranges: for four neurons at a time the dots that share x, the
 // activations, and one axpy of their rows of down into a y of the thread's own (one row at a time
@@ -12,8 +12,8 @@
 // sums are fp32. The split depends on the number of threads alone, so that repeated calls give
 // identical bits.
 //
-// -ffast-math is not used: it would drop the NaN rule of the router's comparison. Sums that need
-// another order to be fast are written with vectors (GCC's and Clang's, for any CPU).
+// Where `prices` say that this takes longer than a dense GEMM, for what the tokens selected, the
+// whole layer is computed by PyTorch's and masked, rounded to the weights' type in between.
 
 #include <algorithm>
 #include <cmath>
@@ -27,107 +27,18 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
+
+#include "cpu_rows.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 8;         // tokens that share one pass over the weights
+constexpr int64_t kTile = 32;        // tokens that share one pass over the weights
 constexpr int64_t kGroup = 4;        // neurons, or the router's rows, that share one pass over x
 constexpr int64_t kGrain = 1 << 15;  // multiply-adds below which another thread does not pay
-constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 256;      // elements requested ahead of each row: past a page's end too
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-
-struct BF16 {
-  uint16_t bits;
-};
-
-inline float widen(float v) { return v; }
-inline float widen(BF16 v) {
-  const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
-}
-
-enum Activation : int64_t {
-  kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kTanh, kSigmoid, kActivations
-};
-
-inline float activate(float a, int64_t kind) {
-  switch (kind) {
-    case kSilu:
-      return a / (1.0f + std::exp(-a));
-    case kGelu:
-      return 0.5f * a * (1.0f + std::erf(a * 0.70710678118654752f));
-    case kGeluTanh:
-      return 0.5f * a *
-          (1.0f + std::tanh(0.79788456080286536f * (a + 0.044715f * a * a * a)));
-    case kQuickGelu:
-      return a / (1.0f + std::exp(-1.702f * a));
-    case kRelu2:
-      return a < 0.0f ? 0.0f : a * a;
-    case kTanh:
-      return std::tanh(a);
-    case kSigmoid:
-      return 1.0f / (1.0f + std::exp(-a));
-    default:
-      return a < 0.0f ? 0.0f : a;  // keeps NaN, as torch.relu does
-  }
-}
-
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const BF16* p) {
-  typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
-  typedef uint32_t Word __attribute__((vector_size(kLanes * 4)));
-  Half h;
-  std::memcpy(&h, p, sizeof h);
-  const Word w = __builtin_convertvector(h, Word) << 16;
-  Vec v;
-  std::memcpy(&v, &w, sizeof v);
-  return v;
-}
-
-// out[k] = row[k] . x
-template <int K, class W>
-inline void dots(const W* const* row, const float* x, int64_t n, float* out) {
-  Vec acc[K] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i);
-    for (int k = 0; k < K; ++k) {
-      __builtin_prefetch(row[k] + i + kAhead);
-      acc[k] += load(row[k] + i) * v;
-    }
-  }
-  for (int k = 0; k < K; ++k) {
-    float sum = 0.0f;
-    for (int64_t l = 0; l < kLanes; ++l) sum += acc[k][l];
-    for (int64_t l = i; l < n; ++l) sum += widen(row[k][l]) * x[l];
-    out[k] = sum;
-  }
-}
-
-// y += sum over k of h[k] * row[k]
-template <int K, class W>
-inline void axpys(const float* h, const W* const* row, float* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Vec sum = load(y + i);
-    for (int k = 0; k < K; ++k) sum += h[k] * load(row[k] + i);
-    std::memcpy(y + i, &sum, sizeof sum);
-  }
-  for (; i < n; ++i)
-    for (int k = 0; k < K; ++k) y[i] += h[k] * widen(row[k][i]);
-}
+constexpr int64_t kPrices = 2 * kTile + 2;
 
 // A tensor of fp32 or bf16 that is read here and there only: a bias, the tokens.
 struct Reader {
@@ -152,8 +63,8 @@ Tensor dense(const Tensor& t) {
 }
 
 // Like new_empty, which goes by way of the dispatcher and its table of names.
-Tensor empty_like(const Tensor& x, bool half) {
-  const auto shape = x.sizes();
+template <class Sizes>
+Tensor make(const Sizes& shape, bool half) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size() - 1; d > 0; --d)
     strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
@@ -190,12 +101,13 @@ void run(int64_t threads, const F& f) {
 
 struct Shape {
   int64_t experts, size, hidden;
+  int64_t stride;  // between tokens: not a multiple of a page, or their rows share cache lines' sets
   bool gated;
   int64_t activation;
 };
 
-template <class R>
-void route(const R* weight, Reader bias, const float* x, int64_t tokens, const Shape& s,
+template <class R, class X>
+void route(const R* weight, Reader bias, const X* x, int64_t tokens, const Shape& s,
            float threshold, uint32_t* bits) {
   const int64_t groups = (s.experts + kGroup - 1) / kGroup;
   const int64_t threads = threads_for(s.experts * s.hidden * tokens, groups);
@@ -205,18 +117,22 @@ void route(const R* weight, Reader bias, const float* x, int64_t tokens, const S
       const R* row[kGroup];
       for (int64_t k = 0; k < count; ++k) row[k] = weight + (first + k) * s.hidden;
       std::fill_n(bits + first, count, 0u);
-      for (int64_t m = 0; m < tokens; ++m) {
-        float logit[kGroup];
-        if (count == kGroup)
-          dots<kGroup>(row, x + m * s.hidden, s.hidden, logit);
-        else
-          for (int64_t k = 0; k < count; ++k)
-            dots<1>(row + k, x + m * s.hidden, s.hidden, logit + k);
-        for (int64_t k = 0; k < count; ++k) {
-          const float value = logit[k] + (bias.data ? bias.at(first + k) : 0.0f);
-          if (value > threshold) bits[first + k] |= 1u << m;  // false for NaN
-        }
-      }
+      const int64_t ahead = kGroup * s.hidden;
+      for (int64_t m = 0; m < tokens; m += kBlock)
+        with_count(std::min(kBlock, tokens - m), [&](auto number) {
+          constexpr int T = decltype(number)::value, kRows = std::min<int>(kGroup, rows_for(T));
+          const X* at[T];
+          for (int u = 0; u < T; ++u) at[u] = x + (m + u) * s.stride;
+          float logit[kGroup][T];
+          int64_t k = 0;
+          for (; k + kRows <= count; k += kRows) dots<kRows, T>(row + k, ahead, at, s.hidden, logit + k);
+          for (; k < count; ++k) dots<1, T>(row + k, ahead, at, s.hidden, logit + k);
+          for (k = 0; k < count; ++k)
+            for (int u = 0; u < T; ++u) {
+              const float value = logit[k][u] + (bias.data ? bias.at(first + k) : 0.0f);
+              if (value > threshold) bits[first + k] |= 1u << (m + u);  // false for NaN
+            }
+        });
     }
   });
 }
@@ -228,35 +144,35 @@ void take(const bool* mask, int64_t tokens, const Shape& s, uint32_t* bits) {
       bits[e] |= static_cast<uint32_t>(mask[m * s.experts + e]) << m;
 }
 
-// Adds the output of K neurons that follow one another in one expert, for the tokens in `left`.
-template <int K, bool Gated, class W>
-inline void neurons(const W* first, const W* last, const Reader& bias, int64_t at, const float* x,
-                    const Shape& s, uint32_t left, float* y) {
-  constexpr int kRows = Gated ? 2 * K : K;
+// Adds the output of K neurons that follow one another in one expert, for T tokens.
+// The weights of the next ones to compute are requested: they are at distances `next`, `next_down`.
+template <int K, int T, bool Gated, class W, class X>
+inline void neurons(const W* first, const W* last, int64_t next, int64_t next_down,
+                    const Reader& bias, int64_t at, const X* const* x, const Shape& s,
+                    float* const* y) {
+  constexpr int kRows = Gated ? 2 * K : K, kStep = std::min(kRows, rows_for(T));
   const int64_t H = s.hidden;
   const W *row[kRows], *down[K];
-  float b[kRows] = {};
+  float b[kRows][T] = {}, value[kRows][T], h[K][T];
   for (int k = 0; k < kRows; ++k) {
     const int64_t offset = k < K ? k : s.size + k - K;  // the gate's rows, then up's
     row[k] = first + offset * H;
-    if (bias.data) b[k] = bias.at(at + offset);
+    if (bias.data) std::fill_n(b[k], T, bias.at(at + offset));
   }
   for (int k = 0; k < K; ++k) down[k] = last + k * H;
-  for (; left; left &= left - 1) {
-    const int64_t m = __builtin_ctz(left);
-    float value[kRows], h[K];
-    dots<kRows>(row, x + m * H, H, value);
-    for (int k = 0; k < K; ++k) {
-      h[k] = activate(value[k] + b[k], s.activation);
-      if (Gated) h[k] *= value[kRows - K + k] + b[kRows - K + k];
-    }
-    axpys<K>(h, down, y + m * H, H);
+  for (int k = 0; k < kRows; k += kStep) dots<kStep, T>(row + k, next, x, H, value + k);
+  for (int i = 0; i < K * T; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, K * T - i);
+    Vec v = activate(load(value[0] + i, count) + load(b[0] + i, count), s.activation);
+    if (Gated) v *= load(value[kRows - K] + i, count) + load(b[kRows - K] + i, count);
+    store(h[0] + i, v, count);
   }
+  axpys<K, T>(h, down, next_down, y, H);
 }
 
 // Adds the selected experts' output to y [tokens, hidden], which holds zeros.
-template <bool Gated, class W>
-void experts(const W* gate_up, const W* down, const Reader& bias, const float* x, int64_t tokens,
+template <bool Gated, class W, class X>
+void experts(const W* gate_up, const W* down, const Reader& bias, const X* x, int64_t tokens,
              const Shape& s, const uint32_t* bits, std::vector<float>& scratch, float* y) {
   const int64_t H = s.hidden, S = s.size, rows = Gated ? 2 * S : S;
   const int64_t groups = (S + kGroup - 1) / kGroup;  // of one expert
@@ -267,35 +183,242 @@ void experts(const W* gate_up, const W* down, const Reader& bias, const float* x
   if (items == 0) return;
   const int64_t work = static_cast<int64_t>(chosen.size()) * (rows + S) * H * tokens;
   const int64_t threads = threads_for(work, items);
-  if (threads > 1) scratch.assign((threads - 1) * tokens * H, 0.0f);
+  if (threads > 1) scratch.assign((threads - 1) * tokens * s.stride, 0.0f);
 
   run(threads, [&](int64_t t) {
-    float* mine = t == 0 ? y : scratch.data() + (t - 1) * tokens * H;
+    float* mine = t == 0 ? y : scratch.data() + (t - 1) * tokens * s.stride;
     for (int64_t i = items * t / threads; i < items * (t + 1) / threads; ++i) {
       const int64_t e = chosen[i / groups];
-      int64_t j = i % groups * kGroup;
+      const int64_t j = i % groups * kGroup;
       const int64_t end = std::min(S, j + kGroup);
-      const auto go = [&](auto count) {
-        neurons<decltype(count)::value, Gated>(gate_up + (e * rows + j) * H, down + (e * S + j) * H,
-                                               bias, e * rows + j, x, s, bits[e], mine);
-      };
-      if (end - j == kGroup)
-        go(std::integral_constant<int, kGroup>());
-      else
-        for (; j < end; ++j) go(std::integral_constant<int, 1>());
+      const int64_t then = std::min(i + 1, items - 1);  // what is computed after this
+      const int64_t next_e = chosen[then / groups], next_j = then % groups * kGroup;
+      const int64_t next = ((next_e - e) * rows + next_j - j) * H;
+      const int64_t next_down = ((next_e - e) * S + next_j - j) * H;
+      for (uint32_t left = bits[e]; left;) {
+        const X* in[kBlock];
+        float* out[kBlock];
+        int64_t count = 0;
+        for (; left && count < kBlock; left &= left - 1, ++count) {
+          const int64_t m = __builtin_ctz(left);
+          in[count] = x + m * s.stride;
+          out[count] = mine + m * s.stride;
+        }
+        with_count(count, [&](auto number) {
+          constexpr int T = decltype(number)::value;
+          const auto go = [&](auto group, int64_t at) {
+            neurons<decltype(group)::value, T, Gated>(gate_up + (e * rows + at) * H,
+                                                      down + (e * S + at) * H, next, next_down,
+                                                      bias, e * rows + at, in, s, out);
+          };
+          if (end - j == kGroup)
+            go(std::integral_constant<int, kGroup>(), j);
+          else
+            for (int64_t k = j; k < end; ++k) go(std::integral_constant<int, 1>(), k);
+        });
+      }
     }
   });
   for (int64_t t = 1; t < threads; ++t) {
-    const float one = 1.0f;
-    const float* part = scratch.data() + (t - 1) * tokens * H;
-    axpys<1>(&one, &part, y, tokens * H);
+    const float one[1][1] = {{1.0f}};
+    const float* part = scratch.data() + (t - 1) * tokens * s.stride;
+    axpys<1, 1>(one, &part, 0, &y, tokens * s.stride);
   }
+}
+
+// h = act(pre + b) * (up + b) of the selected experts, 0 of the others.
+template <bool Gated, class W>
+void activate_all(const W* pre, const Reader& bias, const Shape& s, const uint32_t* bits,
+                  int64_t tokens, W* h) {
+  const int64_t N = s.experts, S = s.size, rows = Gated ? 2 * S : S;
+  std::vector<float> b;
+  for (int64_t i = 0; bias.data && i < N * rows; ++i) b.push_back(bias.at(i));
+  torch::stable::parallel_for(0, tokens * N, 1 + kGrain / rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / N, e = i % N;
+      const W* in = pre + i * rows;
+      const float* add = b.empty() ? nullptr : b.data() + e * rows;
+      if (!(bits[m / kTile * N + e] >> (m % kTile) & 1u)) {
+        std::memset(h + i * S, 0, S * sizeof(W));
+        continue;
+      }
+      for (int64_t j = 0; j < S; j += kLanes) {
+        const int64_t count = std::min(kLanes, S - j);
+        Vec v = load(in + j, count);
+        if (add) v += load(add + j, count);
+        v = activate(v, s.activation);
+        if (Gated) {
+          Vec u = load(in + S + j, count);
+          if (add) u += load(add + S + j, count);
+          v *= u;
+        }
+        store(h + i * S + j, v, count);
+      }
+    }
+  });
+}
+
+struct Arguments {
+  Tensor x, gate_up, down;
+  Shape shape;
+  int64_t tokens;
+  bool half_x, half_router, half_w;
+  const void* router;
+  const bool* mask;
+  Reader router_bias, bias, down_bias;
+  float threshold;
+};
+
+template <class F>
+void with_kind(const Arguments& a, const F& f) {
+  if (a.half_w)
+    a.shape.gated ? f(std::true_type(), BF16()) : f(std::false_type(), BF16());
+  else
+    a.shape.gated ? f(std::true_type(), 0.0f) : f(std::false_type(), 0.0f);
+}
+
+// One tile of tokens, in the types in which its rows are used.
+struct Tile {
+  std::vector<float> single;
+  std::vector<BF16> half;
+
+  void fill(const Arguments& a, int64_t start, int64_t tokens) {
+    const int64_t H = a.shape.hidden, stride = a.shape.stride;
+    const bool has_half = kHasProducts && a.half_x;
+    if (!has_half || (a.router && !a.half_router) || !a.half_w) {
+      single.resize(kTile * stride);
+      const Reader in{a.x.data_ptr(), a.half_x};
+      for (int64_t m = 0; m < tokens; ++m)
+        for (int64_t i = 0; i < H; ++i) single[m * stride + i] = in.at((start + m) * H + i);
+    }
+    if (has_half) {
+      half.resize(kTile * stride);
+      const BF16* in = static_cast<const BF16*>(a.x.data_ptr()) + start * H;
+      for (int64_t m = 0; m < tokens; ++m)
+        std::memcpy(half.data() + m * stride, in + m * H, H * sizeof(BF16));
+    }
+  }
+
+  // Calls f with the tokens as they are multiplied with weights of bf16 (or not).
+  template <class F>
+  void use(const Arguments& a, bool half_weights, const F& f) const {
+    if (kHasProducts && a.half_x && half_weights)
+      f(half.data());
+    else
+      f(single.data());
+  }
+};
+
+void choose(const Arguments& a, const Tile& tile, int64_t start, int64_t tokens, uint32_t* bits) {
+  const Shape& s = a.shape;
+  if (a.mask) return take(a.mask + start * s.experts, tokens, s, bits);
+  tile.use(a, a.half_router, [&](auto* x) {
+    if (a.half_router)
+      route(static_cast<const BF16*>(a.router), a.router_bias, x, tokens, s, a.threshold, bits);
+    else if constexpr (std::is_same_v<decltype(x), const float*>)
+      route(static_cast<const float*>(a.router), a.router_bias, x, tokens, s, a.threshold, bits);
+  });
+}
+
+// prices[t], t = 0..32: time for nothing, then for an expert that t tokens of a tile selected;
+// prices[32 + t], t = 1..32: time of the GEMM for t tokens; the last one: for each token more.
+bool is_dense_cheaper(const double* prices, const uint32_t* bits, const Arguments& a) {
+  double sparse = prices[0];
+  const int64_t tiles = (a.tokens + kTile - 1) / kTile;
+  for (int64_t i = 0; i < tiles * a.shape.experts; ++i)
+    if (bits[i]) sparse += prices[__builtin_popcount(bits[i])];
+  const int64_t inside = std::min(a.tokens, kTile);
+  return sparse > prices[kTile + inside] + (a.tokens - inside) * prices[2 * kTile + 1];
+}
+
+template <class Out>
+void write(const Arguments& a, const float* y, int64_t start, int64_t tokens, Out* out) {
+  const int64_t H = a.shape.hidden;
+  for (int64_t m = 0; m < tokens; ++m)
+    for (int64_t i = 0; i < H; i += kLanes) {
+      const int64_t count = std::min(kLanes, H - i);
+      Vec v = load(y + m * a.shape.stride + i, count);
+      if (a.down_bias.data)
+        for (int64_t l = 0; l < count; ++l) v[l] += a.down_bias.at(i + l);
+      store(out + (start + m) * H + i, v, count);
+    }
+}
+
+void run_sparse(const Arguments& a, Tile& tile, const uint32_t* bits, void* out) {
+  const Shape& s = a.shape;
+  std::vector<float> y(std::min(kTile, a.tokens) * s.stride), scratch;
+  for (int64_t start = 0; start < a.tokens; start += kTile) {
+    const int64_t tokens = std::min(kTile, a.tokens - start);
+    if (a.tokens > kTile) tile.fill(a, start, tokens);
+    std::fill(y.begin(), y.end(), 0.0f);
+    with_kind(a, [&](auto gated, auto type) {
+      using W = decltype(type);
+      tile.use(a, a.half_w, [&](auto* x) {
+        if constexpr (std::is_same_v<W, BF16> || std::is_same_v<decltype(x), const float*>)
+          experts<decltype(gated)::value>(static_cast<const W*>(a.gate_up.data_ptr()),
+                                          static_cast<const W*>(a.down.data_ptr()), a.bias, x,
+                                          tokens, s, bits + start / kTile * s.experts, scratch,
+                                          y.data());
+      });
+    });
+    if (a.half_x)
+      write(a, y.data(), start, tokens, static_cast<BF16*>(out));
+    else
+      write(a, y.data(), start, tokens, static_cast<float*>(out));
+  }
+}
+
+void run_dense(const Arguments& a, const uint32_t* bits, void* out) {
+  const Shape& s = a.shape;
+  const int64_t M = a.tokens, H = s.hidden, width = s.experts * s.size;
+  const auto flat = [](const Tensor& t, int64_t rows, int64_t columns) {
+    const int64_t shape[] = {rows, columns};
+    return torch::stable::view(t, {shape, 2});
+  };
+  Tensor x = flat(a.x, M, H);
+  if (a.half_x != a.half_w) {
+    const Reader in{a.x.data_ptr(), a.half_x};
+    x = make(std::vector<int64_t>{M, H}, a.half_w);
+    for (int64_t i = 0; i < M * H; ++i) {
+      const float value = in.at(i);
+      if (a.half_w)
+        store(static_cast<BF16*>(x.data_ptr()) + i, splat(value), 1);
+      else
+        static_cast<float*>(x.data_ptr())[i] = value;
+    }
+  }
+  const Tensor gate_up = flat(a.gate_up, a.gate_up.numel() / H, H);
+  const Tensor pre = torch::stable::matmul(x, torch::stable::transpose(gate_up, 0, 1));
+  Tensor h = make(std::vector<int64_t>{M, width}, a.half_w);
+  with_kind(a, [&](auto gated, auto type) {
+    using W = decltype(type);
+    activate_all<decltype(gated)::value>(static_cast<const W*>(pre.data_ptr()), a.bias, s, bits, M,
+                                         static_cast<W*>(h.data_ptr()));
+  });
+  const Tensor down = flat(a.down, width, H);
+  Tensor y;
+  if (a.half_w) {  // oneDNN copies `down` for h x down, 1.3 times as slow at 16 tokens
+    const auto turned = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
+    y = dense(turned(torch::stable::matmul(turned(down), turned(h))));
+  } else {
+    y = torch::stable::matmul(h, down);
+  }
+  const Reader in{y.data_ptr(), a.half_w};
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < H; ++i) {
+      const float value = in.at(m * H + i) + (a.down_bias.data ? a.down_bias.at(i) : 0.0f);
+      if (a.half_x)
+        store(static_cast<BF16*>(out) + m * H + i, splat(value), 1);
+      else
+        static_cast<float*>(out)[m * H + i] = value;
+    }
 }
 
 Tensor sparse_mlp_cpu(Tensor x, std::optional<Tensor> router_weight,
                       std::optional<Tensor> router_bias, Tensor gate_up, Tensor down_t,
                       std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
-                      std::optional<Tensor> mask, double threshold, int64_t activation) {
+                      std::optional<Tensor> mask, double threshold, int64_t activation,
+                      std::optional<Tensor> prices) {
   STD_TORCH_CHECK(x.dim() >= 1 && down_t.dim() == 3 && gate_up.dim() == 3 && down_t.numel() > 0,
                   "sparse_mlp_cpu: gate_up and down_t must have 3 dimensions, x at least 1");
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations,
@@ -304,16 +427,20 @@ Tensor sparse_mlp_cpu(Tensor x, std::optional<Tensor> router_weight,
   STD_TORCH_CHECK(router_weight.has_value() != mask.has_value() && !(mask && router_bias),
                   "sparse_mlp_cpu: either a router or a mask");
   STD_TORCH_CHECK(!std::isnan(threshold), "sparse_mlp_cpu: threshold must not be nan");
-  Shape s{down_t.size(0), down_t.size(1), down_t.size(2),
-          gate_up.size(1) == 2 * down_t.size(1), activation};
-  const int64_t H = s.hidden, rows = s.gated ? 2 * s.size : s.size, M = x.numel() / H;
+  STD_TORCH_CHECK(!prices || (prices->is_cpu() && prices->scalar_type() == ScalarType::Double &&
+                              prices->numel() == kPrices && prices->is_contiguous()),
+                  "sparse_mlp_cpu: prices must be ", kPrices, " numbers of float64 on the CPU");
+  const int64_t H = down_t.size(2), padded = (H + 15) / 16 * 16 + 16;
+  const Shape s{down_t.size(0), down_t.size(1), H, padded, gate_up.size(1) == 2 * down_t.size(1),
+                activation};
+  const int64_t rows = s.gated ? 2 * s.size : s.size, M = x.numel() / H;
   STD_TORCH_CHECK(x.size(x.dim() - 1) == H, "sparse_mlp_cpu: x must end in ", H, " channels");
   check_shape(gate_up, "gate_up", {s.experts, rows, H});
   const bool half_x = is_bf16(x, "x");
-  bool half_r = false;
+  bool half_router = false;
   if (router_weight) {
     check_shape(*router_weight, "router_weight", {s.experts, H});
-    half_r = is_bf16(*router_weight, "router_weight");
+    half_router = is_bf16(*router_weight, "router_weight");
     router_weight = dense(*router_weight);
   } else {
     STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool &&
@@ -337,46 +464,23 @@ Tensor sparse_mlp_cpu(Tensor x, std::optional<Tensor> router_weight,
   const Reader br = reader(router_bias, "router_bias", {s.experts});
   const Reader bw = reader(gate_up_bias, "gate_up_bias", {s.experts, rows});
   const Reader bd = reader(down_bias, "down_bias", {H});
-  x = dense(x);
-  gate_up = dense(gate_up);
-  down_t = dense(down_t);
+  const Arguments a{dense(x), dense(gate_up), dense(down_t), s, M, half_x, half_router, half_w,
+                    router_weight ? router_weight->data_ptr() : nullptr,
+                    mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr, br, bw, bd,
+                    static_cast<float>(threshold)};
 
-  Tensor out = empty_like(x, half_x);
-  const Reader in{x.data_ptr(), half_x};
-  const int64_t most = std::min(kTile, M);
-  std::vector<float> tile(most * H), y(most * H), scratch;
-  std::vector<uint32_t> bits(s.experts);
+  Tensor out = make(a.x.sizes(), half_x);
+  Tile tile;
+  std::vector<uint32_t> bits((M + kTile - 1) / kTile * s.experts);
   for (int64_t start = 0; start < M; start += kTile) {
     const int64_t tokens = std::min(kTile, M - start);
-    for (int64_t i = 0; i < tokens * H; ++i) tile[i] = in.at(start * H + i);
-    const float limit = static_cast<float>(threshold);
-    if (mask)
-      take(static_cast<const bool*>(mask->data_ptr()) + start * s.experts, tokens, s, bits.data());
-    else if (half_r)
-      route(static_cast<const BF16*>(router_weight->data_ptr()), br, tile.data(), tokens, s,
-            limit, bits.data());
-    else
-      route(static_cast<const float*>(router_weight->data_ptr()), br, tile.data(), tokens, s,
-            limit, bits.data());
-    std::fill(y.begin(), y.end(), 0.0f);
-    const auto run_experts = [&](auto gated, auto type) {
-      using W = decltype(type);
-      experts<decltype(gated)::value>(static_cast<const W*>(gate_up.data_ptr()),
-                                      static_cast<const W*>(down_t.data_ptr()), bw, tile.data(),
-                                      tokens, s, bits.data(), scratch, y.data());
-    };
-    if (half_w)
-      s.gated ? run_experts(std::true_type(), BF16()) : run_experts(std::false_type(), BF16());
-    else
-      s.gated ? run_experts(std::true_type(), 0.0f) : run_experts(std::false_type(), 0.0f);
-    for (int64_t i = 0; i < tokens * H; ++i) {
-      const float value = y[i] + (bd.data ? bd.at(i % H) : 0.0f);
-      if (half_x)
-        static_cast<c10::BFloat16*>(out.data_ptr())[start * H + i] = c10::BFloat16(value);
-      else
-        static_cast<float*>(out.data_ptr())[start * H + i] = value;
-    }
+    tile.fill(a, start, tokens);
+    choose(a, tile, start, tokens, bits.data() + start / kTile * s.experts);
   }
+  if (prices && is_dense_cheaper(static_cast<const double*>(prices->data_ptr()), bits.data(), a))
+    run_dense(a, bits.data(), out.data_ptr());
+  else
+    run_sparse(a, tile, bits.data(), out.data_ptr());
   return out;
 }
 
@@ -386,7 +490,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mlkit, m) {
   m.def(
       "sparse_mlp_cpu(Tensor x, Tensor? router_weight, Tensor? router_bias, Tensor gate_up, "
       "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, Tensor? mask, float threshold, "
-      "int activation) -> Tensor");
+      "int activation, Tensor? prices) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlkit, CPU, m) {

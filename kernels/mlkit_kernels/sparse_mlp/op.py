@@ -32,6 +32,7 @@ MAX_DECODE_TOKENS = 8
 """Tokens up to which `auto` takes a decode kernel; past them one reads nearly all experts."""
 
 _SOURCES = (Path(__file__).with_name("cpu.cpp"),)
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_rows.h", "cpu_vector.h"))
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 """Numbers of the activations in the compiled kernels, in the order of the table."""
 _CPP_TYPES = (torch.float32, torch.bfloat16)
@@ -44,7 +45,7 @@ _library = torch.library.Library("mlkit", "FRAGMENT")
 _library.define(
     "sparse_mlp(Tensor x, Tensor? router_weight, Tensor? router_bias, Tensor gate_up, "
     "Tensor down_t, Tensor? gate_up_bias, Tensor? down_bias, Tensor? mask, float threshold, "
-    "str activation, str backend) -> Tensor"
+    "str activation, str backend, Tensor? prices) -> Tensor"
 )
 
 _direct: Callable[..., Tensor] | None = None
@@ -53,7 +54,7 @@ _direct: Callable[..., Tensor] | None = None
 
 def _cpp_loads() -> bool:
     global _direct
-    loaded = load_cpu_kernel("sparse_mlp", _SOURCES)
+    loaded = load_cpu_kernel("sparse_mlp", _SOURCES, _HEADERS)
     if loaded and _direct is None:
         torch.library.register_fake("mlkit::sparse_mlp_cpu", _fake, lib=_library)
         _direct = torch.ops.mlkit.sparse_mlp_cpu.default
@@ -98,7 +99,13 @@ def _types_fit(tensors: tuple[Tensor | None, ...], allowed: tuple[torch.dtype, .
     return all(t is None or t.dtype in allowed for t in tensors)
 
 
-def _resolve(backend: str, tensors: tuple[Tensor | None, ...], x: Tensor, same_type: bool) -> str:
+def _resolve(
+    backend: str,
+    tensors: tuple[Tensor | None, ...],
+    x: Tensor,
+    same_type: bool,
+    has_prices: bool,
+) -> str:
     """Return the backend that runs, for a name that the caller gave."""
     if backend == "reference":
         return backend
@@ -106,11 +113,10 @@ def _resolve(backend: str, tensors: tuple[Tensor | None, ...], x: Tensor, same_t
         if not same_type:
             return "reference"
         device = x.device.type
-        if _is_decode(x):
-            if device == "cpu" and _types_fit(tensors, _CPP_TYPES) and _cpp_loads():
-                return "cpp"
-            if device == "cuda" and _types_fit(tensors, _TRITON_TYPES):
-                return "triton" if _triton_refusal(x.device) is None else "dense"
+        if device == "cpu" and (_is_decode(x) or has_prices):
+            return "cpp" if _types_fit(tensors, _CPP_TYPES) and _cpp_loads() else "dense"
+        if device == "cuda" and _is_decode(x) and _types_fit(tensors, _TRITON_TYPES):
+            return "triton" if _triton_refusal(x.device) is None else "dense"
         return "dense"
     if backend == "dense" and same_type:
         return backend
@@ -136,11 +142,6 @@ def _resolve(backend: str, tensors: tuple[Tensor | None, ...], x: Tensor, same_t
     refusal = _triton_refusal(x.device)
     if refusal is not None:
         raise RunError(f"backend='triton' cannot run: {refusal}. Use backend='auto'.")
-    if x.shape[0] > MAX_DECODE_TOKENS:
-        raise InvalidValueError(
-            f"backend='triton' takes at most {MAX_DECODE_TOKENS} tokens, got {x.shape[0]}; "
-            "use backend='auto', or a dense masked GEMM for a prompt."
-        )
     return backend
 
 
@@ -156,16 +157,24 @@ def _forward(
     threshold: float,
     activation: str,
     backend: str,
+    prices: Tensor | None,
 ) -> Tensor:
     tensors = (x, router_weight, router_bias, gate_up, down_t, gate_up_bias, down_bias)
-    chosen = _resolve(backend, tensors, x, gate_up.dtype == down_t.dtype)
+    chosen = _resolve(backend, tensors, x, gate_up.dtype == down_t.dtype, prices is not None)
     if chosen == "cpp":
-        return torch.ops.mlkit.sparse_mlp_cpu.default(*tensors, mask, threshold, _CODES[activation])
+        if backend == "cpp":
+            prices = None
+        code = _CODES[activation]
+        return torch.ops.mlkit.sparse_mlp_cpu.default(*tensors, mask, threshold, code, prices)
     options: dict[str, Any] = {"mask": mask, "threshold": threshold, "activation": activation}
     if chosen == "triton":
-        from mlkit_kernels.sparse_mlp.triton import sparse_mlp_triton
+        if _is_decode(x):
+            from mlkit_kernels.sparse_mlp.triton import sparse_mlp_triton
 
-        return sparse_mlp_triton(*tensors, **options)
+            return sparse_mlp_triton(*tensors, **options)
+        from mlkit_kernels.sparse_mlp.triton_prefill import sparse_mlp_prefill
+
+        return sparse_mlp_prefill(*tensors, **options)
     run = sparse_mlp_dense if chosen == "dense" else sparse_mlp_reference
     return run(*tensors, **options)
 
@@ -180,7 +189,7 @@ def _fake(x: Tensor, *others: object) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.threshold, ctx.activation, _ = inputs
+    *tensors, ctx.threshold, ctx.activation, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -207,6 +216,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
@@ -230,6 +240,7 @@ def sparse_mlp(
     threshold: float = 0.0,
     activation: str = "silu",
     backend: str = "auto",
+    prices: Float[Tensor, " prices"] | None = None,
 ) -> Float[Tensor, "*batch hidden"]:
     r"""Compute an MLP of which each token runs only the experts that its router selects.
 
@@ -247,11 +258,12 @@ def sparse_mlp(
     gain over the dense MLP is therefore at most 1 / (1 - s + 1 / (3 S)). Several tokens read the
     union of their experts once.
 
-    Limits: `cpp` takes float32 and bfloat16 on CPU, tokens in tiles of 8, any N, S, H; `triton`
-    float32, bfloat16 and float16 on CUDA, at most 8 tokens, N at most 65536; `gate_up` and
-    `down_t` must have one type, x, the router and the biases may have others. `reference` takes
-    any floating-point type and any number of tokens, and reads all weights. All sums are fp32
-    (fp64 in the reference where x is fp64); the result has the type of x. Gradients flow to x, the
+    Limits: `cpp` takes float32 and bfloat16 on CPU, tokens in tiles of 32, any N, S, H; `triton`
+    float32, bfloat16 and float16 on CUDA, N at most 65536, with launches of their own for up to 8
+    tokens and for more; `gate_up` and `down_t` must have one type, x, the router and the biases
+    may have others. `dense` and `reference` take any floating-point type and read all weights:
+    `dense` multiplies in the weights' type, `reference` in fp32, with a copy of them. All other
+    sums are fp32 (fp64 where x is fp64); the result has the type of x. Gradients flow to x, the
     experts and their biases (by the reference's formula); the router gets none.
 
     Args:
@@ -268,7 +280,9 @@ def sparse_mlp(
         activation: `silu`, `gelu`, `gelu_tanh`, `quick_gelu`, `relu`, `relu2`, `tanh` or
             `sigmoid`.
         backend: `auto` takes the decode kernel of x's device for at most 8 tokens, if it can be
-            had, else `dense`; the others insist.
+            had, else `dense`; the others insist. With `prices`, `auto` decides on a CPU for any
+            number of tokens from what they selected.
+        prices: What `measure_prices` returned for these weights.
 
     Raises:
         InvalidValueError: If shapes, devices, `threshold` or a name do not fit.
@@ -286,7 +300,7 @@ def sparse_mlp(
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.is_cpu
-        and (backend == "cpp" or (backend == "auto" and _is_decode(x)))
+        and (backend == "cpp" or (backend == "auto" and (prices is not None or _is_decode(x))))
     ):
         # Caches are cold when a layer's turn comes: the checks and the outer op, 15 microseconds
         # in a loop, cost 100 there. The library checks what it reads; should it refuse, the lines
@@ -303,6 +317,7 @@ def sparse_mlp(
                 mask,
                 threshold,
                 _CODES[activation],
+                None if backend == "cpp" else prices,
             )
     check_arguments(
         x,
@@ -316,6 +331,7 @@ def sparse_mlp(
         threshold,
         activation,
         backend,
+        prices,
     )
     tokens, chosen = x, mask
     if x.dim() != 2:
@@ -333,5 +349,6 @@ def sparse_mlp(
         threshold,
         activation,
         backend,
+        prices,
     )
     return y if x.dim() == 2 else y.view(x.shape)

@@ -27,7 +27,7 @@ assert not records, "nothing is built at import"
 for _ in range(3):
     y = sparse_mlp(x, router, None, up, down)
 assert torch.equal(y, sparse_mlp_reference(x, router, None, up, down))
-assert available_backends() == ("reference",)
+assert available_backends() == ("dense", "reference")
 print(len(records), *records)
 """
 

@@ -190,6 +190,6 @@ def test_the_library_checks_what_it_is_given():
     direct = torch.ops.mlkit.sparse_mlp_cpu.default
     short = (case.x, case.router_weight[:3], *case.tensors[2:])
     with pytest.raises(RuntimeError, match="router_weight has a shape that does not fit"):
-        direct(*short, None, 0.0, 0)
+        direct(*short, None, 0.0, 0, None)
     with pytest.raises(RuntimeError, match="x must be a CPU tensor of float32 or bfloat16"):
-        direct(case.x.double(), *case.tensors[1:], None, 0.0, 0)
+        direct(case.x.double(), *case.tensors[1:], None, 0.0, 0, None)

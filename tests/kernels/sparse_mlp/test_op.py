@@ -32,7 +32,7 @@ def test_opcheck(backend, dtype, bias, requires_grad):
         for tensor in (case.x, case.gate_up, case.down_t, case.gate_up_bias, case.down_bias):
             if tensor is not None:
                 tensor.requires_grad_()
-    args = (*case.tensors, None, case.threshold, case.activation, backend)
+    args = (*case.tensors, None, case.threshold, case.activation, backend, None)
     sparse_mlp(*case.tensors, backend=backend)
     torch.library.opcheck(torch.ops.mlkit.sparse_mlp.default, args)
 
@@ -98,6 +98,46 @@ def test_leading_dimensions_and_no_tokens(backend):
     assert none.shape == (0, 24)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 8, 40])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_mask_does_what_its_router_would(backend, tokens, grad):
+    case = make(tokens, 7, 4, 24)
+    masked = case.masked()
+    case.x.requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        got = sparse_mlp(*masked.tensors, **masked.options, backend=backend)
+        want = sparse_mlp(*case.tensors, **case.options, backend=backend)
+    assert torch.equal(got, want)
+    if grad:
+        left, right = (torch.autograd.grad(y.square().sum(), case.x)[0] for y in (got, want))
+        assert torch.equal(left, right)
+    x, mask = case.x.detach().unflatten(0, (1, -1)), masked.mask.unflatten(0, (1, -1))
+    shaped = sparse_mlp(x, *masked.tensors[1:], **{**masked.options, "mask": mask}, backend=backend)
+    assert torch.equal(shaped, want.unsqueeze(0))
+
+
+def test_any_mask_is_followed(backend):
+    case = make(6, 9, 3, 17).masked()
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        case.mask = torch.rand(6, 9, generator=generator) < seed / 4
+        got = sparse_mlp(*case.tensors, **case.options, backend=backend)
+        want = sparse_mlp_reference(*case.tensors, **case.options)
+        assert relative_error(got, want) < FP32_TOLERANCE
+
+
+def test_compiled_with_a_mask_is_one_graph(backend):
+    case = make(3, 5, 4, 24).masked()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def f(x, mask):
+        options = {**case.options, "mask": mask}
+        return sparse_mlp(x, *case.tensors[1:], **options, backend=backend)
+
+    want = sparse_mlp_reference(*case.tensors, **case.options)
+    assert relative_error(f(case.x, case.mask), want) < FP32_TOLERANCE
+
+
 def test_without_gradients_the_result_is_the_same(backend):
     case = make(6, 5, 4, 24)
     available_backends()
@@ -121,7 +161,7 @@ def test_opcheck_of_the_library():
     case = make(2, 3, 2, 8)
     torch.library.opcheck(
         torch.ops.mlkit.sparse_mlp_cpu.default,
-        (*case.tensors, None, 0.0, 0),
+        (*case.tensors, None, 0.0, 0, None),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -207,6 +247,24 @@ def _without(case, **changes):
         ({"gate_up": torch.zeros(5, 8, 24, dtype=torch.int8)}, "gate_up must be .*int8.*quantised"),
         ({"down_bias": torch.zeros(24, device="meta")}, "down_bias is on meta but x is on cpu"),
         ({"threshold": math.nan}, r"threshold must be a logit.*got nan.*tau"),
+        (
+            {"mask": torch.ones(3, 5).bool()},
+            "either a router .* or a mask, got router_weight and r",
+        ),
+        ({"router_weight": None, "router_bias": None}, "or a mask, got neither"),
+        (
+            {"router_weight": None, "mask": torch.ones(3, 5).bool()},
+            "or a mask, got router_bias and mask",
+        ),
+        (
+            {"router_weight": None, "router_bias": None, "mask": torch.ones(3, 4).bool()},
+            r"mask must have shape \(3, 5\)",
+        ),
+        (
+            {"router_weight": None, "router_bias": None, "mask": torch.ones(3, 5)},
+            r"mask must be of type bool, got torch\.float32",
+        ),
+        ({"prices": torch.ones(3)}, r"prices must be 66 numbers .*measure_prices.*got .*\(3,\)"),
         ({"activation": "gelu_tan"}, "activation must be one of silu.*'gelu_tan'.*'gelu_tanh'"),
         ({"backend": "cuda"}, "backend must be one of auto, .*'cuda'"),
     ],

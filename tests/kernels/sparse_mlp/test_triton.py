@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlkit.errors import InvalidTypeError, InvalidValueError
+from mlkit.errors import InvalidTypeError
 from mlkit_kernels.sparse_mlp import available_backends, sparse_mlp, sparse_mlp_reference
 from tests.kernels.sparse_mlp.cases import (
     BF16_TOLERANCE,
@@ -40,6 +40,10 @@ TOLERANCE = {
     torch.bfloat16: BF16_INTERPRETED if INTERPRETED else 2 * BF16_TOLERANCE,
     torch.float16: 2 * FP16_TOLERANCE,
 }
+
+
+# (tokens, experts, size, hidden), more than 8 tokens
+PREFILL_SHAPES = [(16, 4, 32, 64), (9, 1, 1, 1), (17, 3, 1, 17), (33, 7, 3, 37), (70, 5, 40, 150)]
 
 
 def check(case):
@@ -84,6 +88,51 @@ class TestInterpreted:
     def test_tokens_and_sparsities(self, tokens, sparsity):
         check(make(tokens, 12, 8, 40, sparsity=sparsity, bias=tokens % 2 == 0))
 
+    @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 20])
+    def test_masks(self, tokens):
+        case = make(tokens, 7, 4, 40).masked()
+        check(case)
+        case.mask = torch.rand(tokens, 7, generator=torch.Generator().manual_seed(1)) < 0.3
+        check(case)
+
+    @pytest.mark.parametrize("shape", PREFILL_SHAPES)
+    @pytest.mark.parametrize(("gated", "activation"), KINDS)
+    def test_prefill_kinds_and_shapes(self, shape, gated, activation):
+        check(make(*shape, gated=gated, activation=activation))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", PREFILL_SHAPES)
+    def test_prefill_half_types(self, shape, dtype):
+        case = make(*shape, dtype=dtype)
+        got = sparse_mlp(*case.tensors, **case.options, backend="triton")
+        want = sparse_mlp_reference(*case.tensors, **case.options)
+        # h is rounded to the weights' type (and cut off there by the interpreter)
+        assert relative_error(got, want) < 2 * TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("sparsity", [0, 0.5, 0.9, 1])
+    @pytest.mark.parametrize("most", [128, 8])
+    def test_prefill_sparsities(self, sparsity, most, monkeypatch):
+        import mlkit_kernels.sparse_mlp.triton_prefill as prefill
+
+        monkeypatch.setattr(prefill, "TILED_DOWN_TOKENS", most)  # 8: a GEMM for the down projection
+        for bias in (True, False):
+            check(make(37, 12, 8, 40, sparsity=sparsity, bias=bias))
+
+    def test_prefill_ignores_what_is_not_selected(self):
+        case = make(21, 6, 4, 40).masked()
+        case.mask[:, 2] = False
+        want = check(case)
+        case.gate_up[2] = math.nan
+        case.down_t[2] = math.nan
+        assert torch.equal(sparse_mlp(*case.tensors, **case.options, backend="triton"), want)
+
+    def test_prefill_of_mixed_types(self):
+        case = make(19, 6, 4, 40, dtype=torch.bfloat16)
+        case.router_weight, case.down_bias = case.router_weight.float(), case.down_bias.float()
+        got = sparse_mlp(*case.tensors, **case.options, backend="triton")
+        want = sparse_mlp_reference(*case.tensors, **case.options)
+        assert relative_error(got, want) < 2 * TOLERANCE[torch.bfloat16]
+
     def test_many_experts_and_channels_take_several_blocks(self):
         check(make(1, 1030, 1, 5, sparsity=0.9))  # the list of selected experts in two blocks
         check(make(2, 3, 9, 600))  # several tiles of channels and of neurons
@@ -121,9 +170,6 @@ class TestInterpreted:
         assert relative_error(got, want[0]) < FP32_TOLERANCE
 
     def test_limits_are_said(self):
-        nine = make(9)
-        with pytest.raises(InvalidValueError, match="at most 8 tokens, got 9.*auto"):
-            sparse_mlp(*nine.tensors, backend="triton")
         double = make(2, dtype=torch.float64)
         with pytest.raises(InvalidTypeError, match="backend='triton' takes .*float64"):
             sparse_mlp(*double.tensors, backend="triton")
@@ -134,10 +180,6 @@ class TestInterpreted:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_gpus_that_are_not_here(tokens, capability, monkeypatch, tmp_path):
     """Every kernel becomes machine code, with 16-byte loads of the weights."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     import mlkit_kernels.sparse_mlp.triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -165,19 +207,60 @@ def test_compiles_for_gpus_that_are_not_here(tokens, capability, monkeypatch, tm
         ),
     ]
     for kernel, types, own in table:
-        constants = {**shared, **own}
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-        aligned = [n for n in ("x", "weight", "hidden") if n in names]
-        source = ASTSource(
-            kernel,
-            signature,
-            constexprs={(names.index(n),): value for n, value in constants.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-        )
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert built.asm["cubin"]
-        assert "v4.b32" in built.asm["ptx"]
+        ptx = build(kernel, types, {**shared, **own}, capability)
+        assert "v4.b32" in ptx
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_prefill_compiles_for_gpus_that_are_not_here(capability, monkeypatch, tmp_path):
+    """Every kernel becomes machine code, with products on tensor cores."""
+    import mlkit_kernels.sparse_mlp.triton as decode
+    import mlkit_kernels.sparse_mlp.triton_prefill as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    half, byte, ints = "*bf16", "*u8", "*i32"
+    lists = dict.fromkeys(["token_list", "token_count", "expert_list", "expert_count"], ints)
+    weights = {"x": half, "weight": half, "bias": half, "mask": byte}
+    block = {"BIAS": True, "BLOCK_M": 64, "BLOCK_H": 64, "WIDEN": False}
+    table = [
+        (kernels._route_kernel, {**weights, "threshold": "fp32"}, {**block, "BLOCK_E": 64}),
+        (kernels._group_kernel, {"mask": byte, **lists}, {"BLOCK": 256, "BLOCK_M": 16}),
+        (
+            kernels._gate_up_kernel,
+            {**weights, **lists, "h_out": half},
+            {**block, "GATED": True, "KIND": 0, "BLOCK_S": 32},
+        ),
+        (
+            kernels._down_kernel,
+            {**weights, **lists, "h_in": half, "y": half},
+            {"BIAS": True, "BLOCK_M": 16, "BLOCK_S": 32, "BLOCK_C": 128, "WIDEN": False},
+        ),
+        (decode._mask_kernel, {"mask": byte, "bits": ints}, {"BLOCK_M": 8, "BLOCK_E": 256}),
+    ]
+    for kernel, types, constants in table:
+        ptx = build(kernel, types, constants, capability)
+        assert ("mma" in ptx) == ("WIDEN" in constants)
+
+
+def build(kernel, types, constants, capability):
+    """Compile a kernel, its pointers and sizes being multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = [n for n in ("x", "weight", "hidden") if n in names]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert built.asm["cubin"]
+    return built.asm["ptx"]
 
 
 @pytest.mark.gpu
@@ -196,6 +279,19 @@ def test_gpu_equals_the_reference(tokens, sparsity, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gpu_kinds_and_shapes(shape, gated, activation):
     check(make(*shape, gated=gated, activation=activation).map(lambda t: t.cuda()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [9, 16, 100, 129, 700])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.9, 1])
+def test_gpu_prefill_equals_the_reference(tokens, sparsity, dtype):
+    case = make(tokens, 48, 32, 512, sparsity=sparsity, dtype=dtype).map(lambda t: t.cuda())
+    got = sparse_mlp(*case.tensors, **case.options, backend="triton")
+    want = sparse_mlp_reference(*case.tensors, **case.options)
+    assert relative_error(got.cpu(), want.cpu()) < 4 * TOLERANCE[dtype]
+    again = sparse_mlp(*case.tensors, **case.options, backend="triton")
+    assert torch.equal(again, got)
 
 
 @pytest.mark.gpu
@@ -220,5 +316,5 @@ def test_gpu_auto_and_opcheck():
     assert torch.equal(got, want)
     torch.library.opcheck(
         torch.ops.mlkit.sparse_mlp.default,
-        (*case.tensors, None, case.threshold, case.activation, "triton"),
+        (*case.tensors, None, case.threshold, case.activation, "triton", None),
     )
