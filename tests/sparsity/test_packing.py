@@ -43,7 +43,11 @@ def inputs(name):
 def converted(name, **changes):
     model = tiny.FAMILIES[name]()
     mlkit.convert(
-        model, LTEConfig(**{"expert_size": 8, "router_init": 0.0, "mode": "hard"} | changes)
+        model,
+        LTEConfig(
+            **{"expert_size": 8, "router_init": "random", "router_bias": 0.0, "mode": "hard"}
+            | changes
+        ),
     )
     return model
 
@@ -86,7 +90,9 @@ def test_every_family_packs_and_comes_back(name, router):
 
 
 def layer(gated=True, bias=True, activation="silu", dtype=torch.float32, **changes):
-    config = LTEConfig(**{"expert_size": 16, "router_init": 0.0, "mode": "hard"} | changes)
+    config = LTEConfig(
+        **{"expert_size": 16, "router_init": "random", "router_bias": 0.0, "mode": "hard"} | changes
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = SparseExpertMLP(48, 16 * 12, config, activation=activation, gated=gated, bias=bias)
@@ -215,7 +221,7 @@ def test_threshold_is_the_knob_and_survives():
 @pytest.mark.parametrize("name", ["own", "bert"])
 def test_deepcopy_pickle_and_compile(name):
     model = tiny.own() if name == "own" else tiny.bert()
-    config = LTEConfig(expert_size=8, router_init=0.0, mode="hard",
+    config = LTEConfig(expert_size=8, router_init="random", router_bias=0.0, mode="hard",
                        projections=("w1", "w3", "w2") if name == "own" else None)  # fmt: skip
     mlkit.convert(model, config)
     x = tiny.vectors() if name == "own" else tiny.tokens()

@@ -21,7 +21,9 @@ from tests.sparsity import tiny
 
 def packed():
     model = tiny.llama()
-    mlkit.convert(model, LTEConfig(expert_size=8, router_init=0.0, mode="hard"))
+    mlkit.convert(
+        model, LTEConfig(expert_size=8, router_init="random", router_bias=0.0, mode="hard")
+    )
     training = copy.deepcopy(model)
     pack_for_inference(model)
     return model, training
