@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mlkit.sparsity.losses import efficiency_terms, separability_terms
+
 __all__ = ["LayerCounts"]
 
 _KEYS = ("tokens", "active", "eff", "sep", "nan", "near")
@@ -27,14 +29,17 @@ class LayerCounts:
         self,
         scores: Float[Tensor, "*tokens experts"],
         selected: Bool[Tensor, "*tokens experts"],
-        eff: Float[Tensor, " *tokens"],
-        sep: Float[Tensor, " *tokens"],
         valid: Bool[Tensor, " *tokens"] | None,
         threshold: float,
+        eps: float,
+        losses: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Count one forward pass; `eff` and `sep` are the losses of each token."""
+        """Count one forward pass; `losses` are both of each token, if they are known already."""
         if scores.is_meta:
             return
+        if losses is None:
+            losses = efficiency_terms(scores), separability_terms(scores, threshold, eps)
+        eff, sep = losses
         dtype = torch.float64 if scores.device.type != "mps" else torch.float32
         if self.sums.device != scores.device or self.sums.dtype != dtype:
             self.sums = self.sums.to(scores.device, dtype)

@@ -347,15 +347,17 @@ class SparseExpertMLP(nn.Module):
         token_mask = self.group.token_mask()
         valid = None if token_mask is None else token_mask.of(x, self.training)
         is_penalised = self.mode == "soft" and self.training and torch.is_grad_enabled()
-        penalised = scores if is_penalised else scores.detach()
-        eff = efficiency_terms(penalised)
-        sep = separability_terms(penalised, config.threshold, config.sep_eps)
+        losses = None
         if is_penalised:
+            eff = efficiency_terms(scores)
+            sep = separability_terms(scores, config.threshold, config.sep_eps)
+            losses = eff, sep
             tokens = self._tokens(x) if token_mask is None else token_mask.tokens(x.device)
             aux = token_mean(self.group.eta * eff + self.group.lam * sep, valid, tokens)
             scores = inject_aux_loss(scores, aux * self.loss_weight)
         if not is_recomputation():
-            self.counts.add(scores, selected, eff, sep, valid, config.threshold)
+            eps = config.sep_eps
+            self.counts.add(scores, selected, valid, config.threshold, eps, losses)
         return scores if self.mode == "soft" else selected
 
     def select(self, logits: Float[Tensor, "*tokens experts"]) -> Bool[Tensor, "*tokens experts"]:

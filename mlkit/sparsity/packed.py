@@ -149,6 +149,8 @@ class PackedExpertMLP(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         *_, errors = rest
+        own = self.router.state_dict(prefix=f"{prefix}router.")
+        state_dict.update(own)  # the refusal holds for the router, too
         errors.append(
             f"{prefix}* is packed: mlkit.sparsity.unpack(model), load, and pack_for_inference again"
         )

@@ -8,8 +8,10 @@ from scipy.optimize import linear_sum_assignment
 from mlkit.errors import InvalidValueError
 from mlkit.sparsity.grouping import (
     _disjoint,
+    _first_centres,
     _regret_order,
     _swap_while_better,
+    _to_centre,
     balanced_kmeans,
     expert_permutation,
 )
@@ -85,6 +87,19 @@ def test_it_finds_well_separated_groups_and_beats_random_grouping():
     noise = torch.randn(256, 16, generator=generator)
     chance = torch.arange(256)[torch.randperm(256, generator=generator)] % 16
     assert inertia(noise, balanced_kmeans(noise, 16)) < 0.9 * inertia(noise, chance)
+
+
+def test_first_centres_are_drawn_by_distance_and_not_twice():
+    """k-means++ by products: the masses are those of differences, and a centre has none."""
+    points = clumped(60, 6, seed=3)
+    norms = points.square().sum(1)
+    for centre in (0, 17):
+        expected = (points.double() - points[centre].double()).square().sum(1)
+        found = _to_centre(points, norms, centre)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        assert found[centre] == 0
+    for seed in range(5):
+        assert len(_first_centres(points, 60, seed).unique(dim=0)) == 60, "one at a time, all"
 
 
 def test_no_iteration_makes_it_worse():

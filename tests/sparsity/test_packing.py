@@ -141,7 +141,7 @@ def test_every_backend_is_the_masked_dense_layer(backend, dtype, sparsity):
 def test_decisions_are_those_of_training(limit):
     """One neuron per expert, always 1, that writes to a channel of its own: y says what ran."""
     size, tokens = 64, 512
-    config = LTEConfig(expert_size=1, router_init=0.1, mode="hard")
+    config = LTEConfig(expert_size=1, router_bias=0.1, mode="hard")
     made = SparseExpertMLP(size, size, config, activation="relu", gated=False, bias=True)
     with torch.no_grad():
         made.up_proj.weight.zero_()

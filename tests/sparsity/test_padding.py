@@ -17,9 +17,11 @@ from mlkit.sparsity import (
     lte_flops,
     lte_layers,
     lte_stats,
+    pack_for_inference,
     reset_lte_stats,
     set_lte_mode,
     set_lte_threshold,
+    unpack,
 )
 from tests.sparsity import tiny
 
@@ -174,6 +176,21 @@ def test_parameters_stay_the_same_objects():
     assert layer.up_proj.weight.grad.shape == (60, 16)
     mlkit.restore(model)
     assert names[id(model.model.layers[0].mlp.up_proj.weight)]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt", "bert"])
+def test_packed_for_inference_and_back(name):
+    stock, x = tiny.FAMILIES[name](), tiny.tokens()
+    model = copy.deepcopy(stock)
+    mlkit.convert(model, LTEConfig(expert_size=20, pad_to_multiple=True, mode="hard"))
+    with torch.no_grad():
+        expected = model(x).logits
+        pack_for_inference(model, backend="reference")
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+    unpack(model)
+    mlkit.restore(model)
+    for key, value in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 # ----------------------------------------------------------------- accounting
