@@ -1,6 +1,7 @@
 """The benchmark harness, and a tiny run of every subject's cases."""
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -262,16 +263,48 @@ def test_the_argmax_loop_is_d2s_rule():
     assert (_ccs_features.argmax_loop(hardness, neighbors, distances, 50) == expected).all()
 
 
-def test_lte_rows_compare_with_the_best_dense_form():
+def test_lte_rows_cover_kernel_packed_layers_and_a_model(capsys):
     from mlkit_kernels.sparse_mlp import available_backends
     from scripts.benchmarks import lte
 
     if "cpp" not in available_backends("cpu"):
         pytest.skip("no C++ compiler")
     found = list(lte.rows(Bench(quick=True)))
-    assert len(found) == 8
+    groups = ("decode of a layer", "packed layer, auto, 64 x 256", "packed layer, auto, 128 x 512",
+              "decode of a Llama")  # fmt: skip
+    counts = {g: sum(row.case.startswith(g) for row in found) for g in groups}
+    assert counts == dict(zip(groups, (8, 32, 8, 8), strict=True))
     for row in found:
-        assert row.peer is not None
-        assert "best dense" in row.peer
-        assert row.ratio == pytest.approx(row.peer_value / row.value)
+        assert row.ratio == pytest.approx(
+            row.value / row.peer_value if row.unit == "tokens/s" else row.peer_value / row.value
+        )
         assert row.limit_ratio is not None
+    assert all("best dense" in row.peer for row in found[:8])
+    auto = [row for row in found if row.case.startswith("packed layer")]
+    # the limit is the stock layer's time and 3 %
+    assert all(row.limit == pytest.approx(row.peer_value / 0.97) for row in auto)
+    if not torch.cuda.is_available():
+        assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_lte_rows_of_a_gpu_in_the_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = (
+        "import torch\n"
+        "from scripts.bench import Bench\n"
+        "from scripts.benchmarks._lte_gpu import layer_rows\n"
+        "for row in layer_rows(Bench(quick=True), torch.device('cpu')): print(row.case, row.peer)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1",
+             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum(" 1 tokens" in line for line in lines) == 5 * 4
+    assert sum(" 17 tokens" in line for line in lines) == 5 * 3
+    for peer in ("F.linear", "torch.compile", "index_select", "TEAL", "masked dense"):
+        assert any(line.rpartition("router ")[2].count(peer) for line in lines), peer
