@@ -164,15 +164,14 @@ def _figure(rows: Rows, targets: Sequence[float], is_accuracy: bool) -> Any:
 
 
 def _facts(report: Report, run: RunContext, settings: LTESettings, data: TextSpec) -> None:
-    last = run.seed + settings.num_seeds - 1
-    seeds = f"{run.seed}" if settings.num_seeds == 1 else f"{run.seed} to {last}"
+    seeds = range(run.seed, run.seed + settings.num_seeds)
     sizes = settings.decode_sizes()
     report.facts |= {
         "data": f"{data.name} ({data.source()})",
         "quality": "accuracy on the test part"
         if data.task == "classification"
         else "negative mean cross entropy on the test part, nats per token",
-        "seeds": seeds,
+        "seeds": ", ".join(map(str, seeds)),
         "steps": f"{settings.start_steps} dense ones, then {settings.steps} of every method",
         "batch": f"{data.batch_size} x {data.sequence_length} tokens",
         "timed layer": f"{sizes['hidden_size']} x {sizes['intermediate_size']}, float32, one "
