@@ -147,22 +147,23 @@ def test_settings_need_no_torch(tmp_path):
 def test_what_is_timed_computes_the_layer(sparsity):
     """The kernel with its share of experts, TEAL's columns with theirs, against the dense layer."""
     timed = DecodeTimes(64, 256, 16, 1)
+    layer = timed.layers[0]
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        dense = timed._linear(x)
-        torch.testing.assert_close(timed._mv(x[0])[None], dense, rtol=1e-4, atol=1e-5)
+        dense = layer.linear(x)
+        torch.testing.assert_close(layer.mv(x[0])[None], dense, rtol=1e-4, atol=1e-5)
         if sparsity == 0:
             close = {"rtol": 1e-4, "atol": 1e-5}
-            torch.testing.assert_close(timed._kernel(x, 0.0)(), dense, **close)
-            torch.testing.assert_close(timed._columns(x[0], 0.0, 0.0)()[None], dense, **close)
+            torch.testing.assert_close(layer.kernel(x, 0.0)(), dense, **close)
+            torch.testing.assert_close(layer.columns(x[0], 0.0, 0.0)()[None], dense, **close)
         else:
-            logits = (x @ timed._packed[0].T)[0]
+            logits = (x @ layer.packed[0].T)[0]
             kept = logits.topk(16 - round(sparsity * 16)).indices
             chosen = torch.zeros(16, 16).index_fill(0, kept, 1).flatten()
-            gate, up, down = timed._weights
+            gate, up, down = layer.weights
             h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T) * chosen
             torch.testing.assert_close(
-                timed._kernel(x, sparsity)(), h @ down.T, rtol=1e-4, atol=1e-5
+                layer.kernel(x, sparsity)(), h @ down.T, rtol=1e-4, atol=1e-5
             )
     found = timed.measure("lte", sparsity, 0.0)
     assert found["ms"] > 0
