@@ -56,6 +56,7 @@ class Row:
         limit_ratio: 1 or more means that a target is met; the share of a physical bound reached.
         spread: The 20th and 80th percentile of `value`.
         peer_spread: The same of `peer_value`.
+        is_detail: One of many alike, which the README leaves out.
     """
 
     case: str
@@ -69,6 +70,7 @@ class Row:
     limit_ratio: float | None = None
     spread: tuple[float, float] | None = None
     peer_spread: tuple[float, float] | None = None
+    is_detail: bool = False
 
     @classmethod
     def of(

@@ -190,7 +190,7 @@ def _summary(
         [row["case"], row["metric"], f"{number(row['value'])} {row['unit']}", row["peer"],
          number(row["peer_value"]), number(row["ratio"])]
         for bench in benches if not bench.get("quick")
-        for row in bench["rows"] if row["ratio"] is not None
+        for row in bench["rows"] if row["ratio"] is not None and not row.get("is_detail")
     ]  # fmt: skip
     if peers:
         columns = ["measured", "metric", "mlkit", "peer", "peer's", "ratio"]
