@@ -11,7 +11,6 @@ Stages, each resumable:
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,6 +42,7 @@ from mlkit.models.features import extract_features
 from mlkit.models.lightning import accuracy
 from mlkit.report import Report, RunContext, is_global_zero
 from recipes.ccs_report import FULL, add_tables, add_verdict, figure, mean, record
+from recipes.fitting import fit, quiet_fits
 
 __all__ = ["CCS"]
 
@@ -102,8 +102,7 @@ class CCS:
         seeds = range(run.seed, run.seed + self.settings.num_seeds)
         fits = list(self._fits(seeds))
         total = len(seeds) + (len(fits) if self.settings.stage == "train" else 0)
-        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", append=False)
+        quiet_fits()
         hidden = not is_global_zero() or self.trainer.get("enable_progress_bar", False)
         with Progress(transient=True, disable=hidden) as progress:
             bar = progress.add_task("ccs", total=total)
@@ -115,11 +114,11 @@ class CCS:
                 if self.settings.stage == "score":
                     continue
                 table, features = self._load_scores(run, seed)
-                for fit in (f for f in fits if f.seed == seed):
-                    progress.update(bar, description=fit.key)
-                    selection = self._select(run, fit, datamodule, table, features)
+                for cell in (f for f in fits if f.seed == seed):
+                    progress.update(bar, description=cell.key)
+                    selection = self._select(run, cell, datamodule, table, features)
                     if self.settings.stage == "train":
-                        self._train(run, fit, datamodule, selection)
+                        self._train(run, cell, datamodule, selection)
                         progress.advance(bar)
         return self._report(run, seeds, fits)
 
@@ -277,28 +276,11 @@ class CCS:
         extra: list[L.Callback] | None = None,
     ) -> L.LightningModule:
         """One fit of `ccs.max_steps` steps; goes on from its checkpoint if there is one."""
-        folder = run.directory / "checkpoints" / key
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         L.seed_everything(seed, workers=True, verbose=False)
-        model = instantiate(self.model)
-        callbacks = [
-            instantiate(node, **({"dirpath": str(folder)} if "dirpath" in node else {}))
-            for node in self.callbacks.values()
-        ]
-        has_checkpoints = any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks)
-        trainer = instantiate(
-            self.trainer,
-            max_steps=self.settings.max_steps,
-            callbacks=[*callbacks, *(extra or [])],
-            enable_checkpointing=has_checkpoints,
-        )
-        last = folder / "last.ckpt"
-        trainer.fit(
-            model,
-            datamodule.loader(examples, shuffle=True),
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True if last.is_file() else None,
-        )
+        model: L.LightningModule = instantiate(self.model)
+        loader = datamodule.loader(examples, shuffle=True)
+        steps = self.settings.max_steps
+        fit(run, key, model, loader, self.trainer, self.callbacks, extra or [], max_steps=steps)
         return model
 
     def _measure(

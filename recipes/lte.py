@@ -11,8 +11,6 @@ Quality is measured on test text that no method has seen, at the sparsity measur
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +42,7 @@ from mlkit.sparsity import (
     set_lte_mode,
 )
 from mlkit.sparsity.settings import LTESettings
+from recipes.fitting import fit, quiet_fits
 from recipes.lte_decode import DecodeTimes
 from recipes.lte_report import report_of
 
@@ -91,9 +90,7 @@ class LTE:
 
     def run(self, run: RunContext) -> Report:
         """Run every cell and report."""
-        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", append=False)
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        quiet_fits()
         seeds = range(run.seed, run.seed + self.settings.num_seeds)
         cells = [cell for seed in seeds for cell in self._cells(seed)]
         hidden = not is_global_zero() or self.trainer.get("enable_progress_bar", False)
@@ -260,26 +257,16 @@ class LTE:
         steps: int,
         extra: list[L.Callback] | None = None,
     ) -> None:
-        """One fit; goes on from its checkpoint if there is one."""
-        folder = run.directory / "checkpoints" / key
-        callbacks = [
-            instantiate(node, **({"dirpath": str(folder)} if "dirpath" in node else {}))
-            for node in self.callbacks.values()
-        ]
-        has_checkpoints = any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks)
-        trainer = instantiate(
-            self.trainer,
-            max_steps=steps,
-            gradient_clip_val=self.settings.clip,
-            callbacks=[*callbacks, *(extra or [])],
-            enable_checkpointing=has_checkpoints,
-        )
-        last = folder / "last.ckpt"
-        trainer.fit(
+        fit(
+            run,
+            key,
             module,
             datamodule.train_dataloader(),
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True if last.is_file() else None,
+            self.trainer,
+            self.callbacks,
+            extra or [],
+            max_steps=steps,
+            gradient_clip_val=self.settings.clip,
         )
 
     def _test(self, datamodule: TextDataModule) -> Any:

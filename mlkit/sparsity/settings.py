@@ -26,7 +26,6 @@ LTE with other settings, see decision 005."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "random_router": {"router_init": "random", "router_bias": 0.0},
-    "lte_literal": {"router_init": "random", "router_bias": None, "sep_eps": 1e-6},
     "lte_late": {
         "router_init": "random",
         "router_bias": 2.0,
@@ -128,7 +127,8 @@ class LTESettings:
         for name in arguments:
             if name not in known:
                 raise InvalidValueError(f"no lte.config.{name}; {nearest(name, known)}")
-        return LTEConfig(**arguments)
+        make = LTEConfig.paper_literal if method == "lte_literal" else LTEConfig
+        return make(**arguments)
 
     def decode_sizes(self) -> dict[str, int]:
         """Return the sizes of the timed layer.

@@ -68,7 +68,15 @@ def verdict(metrics: Metrics) -> str:
     )
 
 
-def _figure(method: str, target: str, paper: str, unit: str, **more: object) -> Figure:
+def _figure(
+    method: str,
+    target: str,
+    paper: str,
+    unit: str,
+    *,
+    margin: float | None = None,
+    is_headline: bool = False,
+) -> Figure:
     names = {
         "dense": "the dense model",
         "magnitude": "magnitude thresholds (TEAL)",
@@ -83,7 +91,8 @@ def _figure(method: str, target: str, paper: str, unit: str, **more: object) -> 
         metric=f"quality_difference/lte-{method}/{target}",
         paper=paper,
         unit=unit,
-        **more,  # type: ignore[arg-type]
+        margin=margin,
+        is_headline=is_headline,
     )
 
 

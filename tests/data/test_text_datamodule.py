@@ -221,7 +221,7 @@ def test_sequence_without_tokens_is_refused():
 
 
 def test_hugging_face_tokenizer_sets_vocabulary_and_padding(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     write_tokenizer(tmp_path, sep_token="<sep>", cls_token="<cls>", pad_token="<pad>")
     own = {"tokenizer": str(tmp_path), "train": node("words"), "test": node("words")}
     module = classification(val_fraction=0.0, **own).build(0)
@@ -357,7 +357,7 @@ LANGUAGE = ["pydoc", "brown", "shakespeare", "e2e", "wikitext"]
 
 def configured(tmp_path, data, model, *more):
     """The specification of a data group on its fixture, and the built model, fit for one step."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     overrides = [
         *fixture_overrides(data, tmp_path / "data"),
         *network_overrides(model, tmp_path / "net"),

@@ -47,7 +47,7 @@ def test_lone_surrogate_is_refused():
 
 
 def test_hugging_face_tokenizer_of_a_decoder(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     write_tokenizer(tmp_path, eos_token="<end>")
     tokenizer = load_tokenizer(str(tmp_path))
     (ids,) = tokenizer.encode_documents(["the cat the"])
@@ -61,7 +61,7 @@ def test_hugging_face_tokenizer_of_a_decoder(tmp_path):
 
 
 def test_hugging_face_tokenizer_of_an_encoder(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     write_tokenizer(tmp_path, sep_token="<sep>", cls_token="<cls>", pad_token="<pad>")
     tokenizer = load_tokenizer(str(tmp_path))
     (alone,), (sequence,) = (
@@ -74,14 +74,14 @@ def test_hugging_face_tokenizer_of_an_encoder(tmp_path):
 
 
 def test_tokenizer_without_any_end_is_refused(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     write_tokenizer(tmp_path)
     with pytest.raises(InvalidValueError, match="neither an end-of-text token nor a separator"):
         load_tokenizer(str(tmp_path))
 
 
 def test_absent_tokenizers_are_errors_in_words(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers")  # of the extra hf
     with pytest.raises(MissingDataError, match=r"no folder .*/absent; give a folder of yours"):
         load_tokenizer(str(tmp_path / "absent"))
     with pytest.raises(MissingDataError, match=r"cannot be loaded: .*data\.tokenizer=/path"):

@@ -56,7 +56,7 @@ def test_loss_weighs_every_token_the_same():
 
 
 def test_loss_is_the_networks_own_in_evaluation_mode():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")  # of the extra hf
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=16
     )

@@ -8,7 +8,7 @@ import torch
 from mlkit.errors import InvalidValueError, MissingDataError, MissingDependencyError
 from mlkit.models import causal_lm, sequence_classifier
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")  # of the extra hf
 
 LLAMA = {
     "model_type": "llama",

@@ -72,3 +72,10 @@ def test_config_needs_no_torch():
         "assert 'torch' not in sys.modules"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_activations_are_those_of_the_kernel():
+    from mlkit.sparsity.config import ACTIVATIONS
+    from mlkit_kernels.sparse_mlp import ACTIVATIONS as FUNCTIONS
+
+    assert set(ACTIVATIONS) == set(FUNCTIONS)

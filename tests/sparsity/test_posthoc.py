@@ -110,13 +110,15 @@ def test_the_division_with_the_lowest_loss_is_kept():
     module, value = layer(), x(400, 10)
     with torch.no_grad():
         dense = module(value)
-    with MagnitudeThreshold(module) as method:
 
-        def loss():
-            return float((module(value) - dense).square().mean())
+    def loss():
+        return float((module(value) - dense).square().mean())
 
-        losses = [method.fit(0.5, loss, shares=(share,)) for share in (0.7, 0.9)]
-        assert method.fit(0.5, loss, shares=(0.7, 0.9)) == min(losses)
+    def fitted(*shares):
+        with MagnitudeThreshold(module, shares) as method:
+            return method.fit(0.5, loss)
+
+    assert fitted(0.7, 0.9) == min(fitted(0.7), fitted(0.9))
 
 
 def test_padding_counts_for_nothing():
@@ -142,7 +144,7 @@ def test_misuse():
         with pytest.raises(RunError, match="no token was seen"):
             method.sparsity()
     with (
-        MagnitudeThreshold(module) as method,
+        MagnitudeThreshold(module, [0.1]) as method,
         pytest.raises(InvalidValueError, match=r"no share of \(0.1,\) reaches a sparsity of 0.9"),
     ):
-        method.fit(0.9, lambda: 0.0, shares=(0.1,))
+        method.fit(0.9, lambda: 0.0)
