@@ -1,0 +1,5 @@
+"""Dynamic embeddings: pooled lookup, backward with utilities and fused optimizers, selection."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

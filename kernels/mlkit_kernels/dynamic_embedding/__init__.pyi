@@ -1,0 +1,14 @@
+from .header import HeaderLayout as HeaderLayout
+from .op import apply as apply
+from .op import backward as backward
+from .op import candidates as candidates
+from .op import forward as forward
+from .op import histogram as histogram
+from .op import reduce as reduce
+from .reference import IndexOutOfRange as IndexOutOfRange
+from .reference import RowGradients as RowGradients
+from .reference import Touched as Touched
+from .reference import Update as Update
+from .selection import Candidates as Candidates
+from .selection import kth_largest as kth_largest
+from .selection import percentile as percentile
