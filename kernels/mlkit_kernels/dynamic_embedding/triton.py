@@ -505,9 +505,7 @@ def apply_triton(
     rounding goes.
     """
     rows, counts, grads = gradients
-    return _update(
-        header, pool, states, layout, num_chunks, rows, counts, grads, None, update
-    )
+    return _update(header, pool, states, layout, num_chunks, rows, counts, grads, None, update)
 
 
 def backward_triton(

@@ -63,9 +63,7 @@ def _scores(
             )
             utility = tl.where(k >= earlier, tl.minimum(utility, one), utility)
     else:
-        utility = read_utility(
-            header, header_bytes, code_values, start, k, inside, UTILITY, BYTES
-        )
+        utility = read_utility(header, header_bytes, code_values, start, k, inside, UTILITY, BYTES)
     score = utility * tl.load(inverse + table)
     bits, _ = resident_bits(header + start, exists, k, SLAB, WIDE, CHUNKS)
     return (first + r) * CHUNKS + k, score, bits != 0, inside

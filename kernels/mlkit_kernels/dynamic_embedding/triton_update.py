@@ -128,7 +128,8 @@ def _encode(utility, number, seed, lowest):
 @triton.jit
 def _without_bias(beta, count):
     """1 - beta^count; in float64, whose power is exact enough for what is left after 1 - it."""
-    power = tl.exp2(count.to(tl.float64) * tl.log2(beta.to(tl.float64)))
+    base = tl.full([1, 1], beta, tl.float32).to(tl.float64)
+    power = tl.exp2(count.to(tl.float64) * tl.log2(base))
     return 1.0 - power.to(tl.float32)
 
 
