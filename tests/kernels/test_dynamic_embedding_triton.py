@@ -1,8 +1,7 @@
-"""The Triton kernels of dynamic embeddings: their logic in the interpreter, their code for sm_80 and
-sm_90, and on a GPU.
+"""The Triton kernels of dynamic embeddings: in the interpreter, compiled for sm_90, and on a GPU.
 
-The interpreter must be chosen before triton is imported, so `test_in_the_interpreter` runs this file
-in a process of its own, where the cases of `TestAgainstTheReference` are collected.
+The interpreter must be chosen before triton is imported, so `test_in_the_interpreter` runs this
+file in a process of its own, where the cases that take a `device` run on the CPU.
 """
 
 import dataclasses
@@ -199,7 +198,7 @@ def forward_both(storage, batch, device="cpu"):
 
 
 def same_storage(got, want, rounded=0.02):
-    """Compare what a backward pass wrote; where it rounds at random, a share may be one step off."""
+    """Compare what a backward pass wrote; a share of what is rounded may be a step off."""
     how, chunks = want.layout, want.chunks
     width = how.address_words(chunks)
     got = got.to("cpu")

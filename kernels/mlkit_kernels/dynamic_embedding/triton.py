@@ -3,19 +3,20 @@
 
     forward    programs over tiles of bags; a chunk without storage, or padding, reads no pool
     locate     row, bag and factor of each index, programs over tiles of bags
-    sort       indices by row, stable, in PyTorch (32-bit keys where rows fit); then where rows begin
+    sort       indices by row, stable, in PyTorch (32-bit keys where rows fit), and where rows begin
     rows       programs over tiles of distinct rows: gradient sum, norms, utility, update, at once
                (`backward`), or the sum alone (`reduce`), or the rest of it (`apply`)
 
 All sums are float32 and their order depends on shapes and indices alone: the same call gives the
-same bits. Bytes read in `forward` are those of each index' header row and resident chunks; `backward`
-reads a header row, a resident chunk and its state once for each distinct row, and the gradient once
-for each index.
+same bits. Bytes read in `forward` are those of each index' header row and resident chunks;
+`backward` reads a header row, its resident chunks and their state once for each distinct row, and
+the gradient once for each index.
 
-Waits for the host, so that no call here can be part of a CUDA graph: `forward` one, for the smallest
-position of an index outside its table (nothing is read for such an index); `reduce` and `backward`
-one for it and the number of distinct rows, before anything is written; `apply` and `backward` one
-for the number of rows with a gradient that is not finite, and with `keep_new` one for the new rows.
+Waits for the host, so that no call here can be part of a CUDA graph: `forward` one, for the
+smallest position of an index outside its table (nothing is read for such an index); `reduce` and
+`backward` one for it and the number of distinct rows, before anything is written; `apply` and
+`backward` one for the number of rows with a gradient that is not finite, and with `keep_new` one
+for the new rows.
 
 Not measured on a GPU yet; sizes of tiles not tuned. A row that is read very often is summed by one
 program, `_READS` reads at a time. Pools are float32 or bfloat16, states float32.
@@ -190,8 +191,10 @@ def _locate_kernel(
 
 
 class _Reads(NamedTuple):
-    """The indices of a call in the order of their rows: `order[starts[i] : starts[i + 1]]` are the
-    positions that read `rows[i]`."""
+    """The indices of a call in the order of their rows.
+
+    `order[starts[i] : starts[i + 1]]` are the positions that read `rows[i]`.
+    """
 
     rows: Tensor
     starts: Tensor

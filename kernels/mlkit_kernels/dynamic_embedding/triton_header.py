@@ -1,8 +1,8 @@
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
 """The header of a dynamic embedding in Triton: addresses, utilities, random bits; see `header.py`.
 
-Words are read as int32, since a row may begin at any word: a 64-bit address is two loads. The float32
-of a word is its bits; the bytes of one-byte utilities are read through a uint8 view of the header.
+Words are read as int32, since a row may begin at any word: a 64-bit address is two loads. The
+float32 of a word is its bits; one-byte utilities are read through a uint8 view of the header.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def random_bits(number, seed):
 
 @triton.jit
 def is_finite(x):
-    return tl.abs(x) < float("inf")  # false for NaN
+    """False for NaN and the infinities."""
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def lower_word(word):
 
 @triton.jit
 def address_word(words, which, here, absent: tl.constexpr, WIDE: tl.constexpr):
-    """Address number `which` of the rows at `words`, int64; unsigned where it is narrow in `slab`."""
+    """Address number `which` of the rows at `words`, int64, with the sign of its last word."""
     if WIDE:
         low = tl.load(words + 2 * which, mask=here, other=absent)
         high = tl.load(words + 2 * which + 1, mask=here, other=absent)
@@ -77,8 +78,10 @@ def address_word(words, which, here, absent: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def resident_bits(words, here, k, SLAB: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr):
-    """1 where chunk k [1, K] of the row at `words` [R, 1] has storage, and the address, for `slab`,
-    or the slot, for `chunk`, int64."""
+    """1 where chunk k [1, K] of the row at `words` [R, 1] has storage.
+
+    And its address for `slab`, its slot for `chunk`, int64.
+    """
     if SLAB:
         address = address_word(words, 0, here, 0, WIDE)
         if not WIDE:

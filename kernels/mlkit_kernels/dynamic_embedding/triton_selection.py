@@ -2,10 +2,10 @@
 """Selection on GPUs: the histogram of the scores, and the chunks that may change sides.
 
     histogram    programs over (block of rows, table), one atomic increment for each counted score
-    candidates   the same grid twice: how many chunks of a block are chosen; then, after a prefix sum
-                 over the blocks, their numbers and scores, in order. One wait for the host between
-                 them, for the two totals. Scores are made twice, so that nothing as long as the
-                 header is stored
+    candidates   the same grid twice: how many chunks of a block are chosen; then, after a prefix
+                 sum over the blocks, their numbers and scores, in order. One wait for the host
+                 between them, for the two totals. Scores are made twice, so that nothing as long as
+                 the header is stored
 
 Not measured on a GPU yet, block sizes not tuned. One-byte utilities give few different scores, so
 that many increments meet in few bins.

@@ -26,6 +26,7 @@ _NO_OPTIMIZER = tl.constexpr(OPTIMIZERS.index("none"))
 _SGD = tl.constexpr(OPTIMIZERS.index("sgd"))
 _ROWWISE_ADAGRAD = tl.constexpr(OPTIMIZERS.index("rowwise_adagrad"))
 _ADAGRAD = tl.constexpr(OPTIMIZERS.index("adagrad"))
+_ADAM = tl.constexpr(OPTIMIZERS.index("adam"))
 _FREQ = tl.constexpr(UTILITIES.index("freq"))
 _GRAD = tl.constexpr(UTILITIES.index("grad"))
 _NO_UTILITY = tl.constexpr(UTILITIES.index("none"))
@@ -223,13 +224,29 @@ def update_kernel(
 
     slots = slots_of(header + start, here[:, None], k, SLAB, WIDE, CHUNKS)
     utility = read_utility(header, header_bytes, code_values, start, k, inside, UTILITY, BYTES)
+    resident = element & (slots >= 0)[:, :, None]
+    at = slots[:, :, None] * WIDTH + c
+    state = header + row * row_words + STATE
+    if OPTIMIZER != _NO_OPTIMIZER:
+        value = tl.load(pool + at, mask=resident, other=0.0).to(tl.float32)
+    if OPTIMIZER == _ROWWISE_ADAGRAD:
+        row_sum = tl.load(state, mask=here, other=0).to(tl.float32, bitcast=True)
+    elif OPTIMIZER == _ADAGRAD:
+        total = tl.load(first + at, mask=resident, other=1.0)
+    elif OPTIMIZER == _ADAM:
+        step = tl.load(steps + slots, mask=slots >= 0, other=0.0)
+        m = tl.load(first + at, mask=resident, other=0.0)
+        v = tl.load(second + at, mask=resident, other=0.0)
+    # several threads may hold the same word: all have read it before one of them writes it
+    tl.debug_barrier()
+
+    squares = tl.sum(g * g, 2)
     if KEEP_NEW:
         known = tl.max(((slots >= 0) | (utility != 0.0)).to(tl.int32), 1)
         is_new = here & (known == 0)
         tl.store(new + r, is_new.to(tl.uint8), mask=here)
         if GATHER:
             tl.store(new_grads + own, g, mask=element & is_new[:, None, None])
-    squares = tl.sum(g * g, 2)
     if KIND != _NO_UTILITY:
         if KIND == _GRAD:
             gain = tl.sqrt_rn(squares)
@@ -242,43 +259,38 @@ def update_kernel(
             gain = tl.zeros([BLOCK_R, BLOCK_K], tl.float32) + count.to(tl.float32)[:, None]
             if KIND != _FREQ:
                 gain *= tl.sqrt_rn(squares)
-        value = utility + gain * scale
+        utility += gain * scale
         earns = inside & (bad == 0)[:, None]
         if BYTES == 4:
             place = header + start + UTILITY + k
-            tl.store(place, value.to(tl.int32, bitcast=True), mask=earns)
+            tl.store(place, utility.to(tl.int32, bitcast=True), mask=earns)
         else:
-            value = tl.where(is_finite(value), value, 0.0)
-            code = _encode(value, row[:, None] * CHUNKS + k, seed, lowest)
+            utility = tl.where(is_finite(utility), utility, 0.0)
+            code = _encode(utility, row[:, None] * CHUNKS + k, seed, lowest)
             place = header_bytes + (start + UTILITY) * 4 + k
             tl.store(place, code.to(tl.uint8), mask=earns)
 
     if OPTIMIZER != _NO_OPTIMIZER:
-        resident = element & (slots >= 0)[:, :, None]
-        at = slots[:, :, None] * WIDTH + c
         if OPTIMIZER == _SGD:
-            change = lr * g
+            value -= lr * g
         elif OPTIMIZER == _ROWWISE_ADAGRAD:
-            place = header + row * row_words + STATE
-            mean = tl.sum(squares, 1) / (CHUNKS * WIDTH)
-            total = tl.load(place, mask=here, other=0).to(tl.float32, bitcast=True) + mean
-            tl.store(place, total.to(tl.int32, bitcast=True), mask=here)
-            change = tl.div_rn(lr * g, (tl.sqrt_rn(total) + eps)[:, None, None])
+            row_sum += tl.sum(squares, 1) / (CHUNKS * WIDTH)
+            tl.store(state, row_sum.to(tl.int32, bitcast=True), mask=here)
+            value -= tl.div_rn(lr * g, (tl.sqrt_rn(row_sum) + eps)[:, None, None])
         elif OPTIMIZER == _ADAGRAD:
-            total = tl.load(first + at, mask=resident, other=1.0) + g * g
+            total += g * g
             tl.store(first + at, total, mask=resident)
-            change = tl.div_rn(lr * g, tl.sqrt_rn(total) + eps)
-        else:
-            step = tl.load(steps + slots, mask=slots >= 0, other=0.0) + 1.0
+            value -= tl.div_rn(lr * g, tl.sqrt_rn(total) + eps)
+        elif OPTIMIZER == _ADAM:
+            step += 1.0
+            m = beta1 * m + rest1 * g
+            v = beta2 * v + rest2 * (g * g)
             tl.store(steps + slots, step, mask=slots >= 0)
-            m = beta1 * tl.load(first + at, mask=resident, other=0.0) + rest1 * g
-            v = beta2 * tl.load(second + at, mask=resident, other=0.0) + rest2 * (g * g)
             tl.store(first + at, m, mask=resident)
             tl.store(second + at, v, mask=resident)
             m = m / _without_bias(beta1, step)[:, :, None]
             v = v / _without_bias(beta2, step)[:, :, None]
-            change = tl.div_rn(lr * m, tl.sqrt_rn(v) + eps)
-        value = tl.load(pool + at, mask=resident, other=0.0).to(tl.float32) - change
+            value -= tl.div_rn(lr * m, tl.sqrt_rn(v) + eps)
         if pool.dtype.element_ty == tl.bfloat16:
             noise = random_bits(at, seed) >> 16
             bits = tl.add(value.to(tl.uint32, bitcast=True), noise, sanitize_overflow=False)
