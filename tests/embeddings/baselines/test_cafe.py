@@ -43,7 +43,7 @@ def stream(hot, rows, generator, batch=64):
     return torch.cat([hot[pick], cold])[:, None]
 
 
-@pytest.mark.parametrize("threshold", [None, 20.0])
+@pytest.mark.parametrize("threshold", [None, 10.0])
 def test_a_planted_hot_set_gets_rows_and_drift_replaces_it(threshold):
     generator = torch.Generator().manual_seed(0)
     bag = make(sparse=True, threshold=threshold, decay=0.5, decay_every=20)
@@ -125,8 +125,6 @@ def test_demotion_falls_back_to_the_shared_row():
     bag(torch.tensor([[5]])).sum().backward()
     bag.step()
     assert owners(bag).keys() == {0}
-    shared = bag.hot_rows + int(bag.physical(torch.tensor([6]))) * 0
-    assert shared == bag.hot_rows
     assert int(bag.physical(torch.tensor([5]))) == 0
     assert bag.step().tolist() == []
     assert owners(bag) == {}
@@ -140,7 +138,6 @@ def test_scarce_rows_go_to_the_highest_scores():
     factor = torch.arange(1.0, 21.0)[:, None]
     assert 1 <= room < 10
     (bag(ids[:, None]) * factor).sum().backward()
-    held = bag.sketch.keys.flatten()[bag.sketch.scores.flatten().argsort(descending=True)]
     bag.step()
     best = bag.sketch.scores.flatten().argsort(descending=True)[:room]
     held = set(bag.sketch.keys.flatten()[best].tolist())
@@ -148,6 +145,7 @@ def test_scarce_rows_go_to_the_highest_scores():
     assert int(bag.free_top) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own Adagrad and SparseAdam
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -293,7 +291,7 @@ def test_two_ranks_decide_alike():
         ({"decay": 1.1}, "decay must be in"),
         ({"decay_every": 0}, "decay_every must be an integer of at least 1, got 0"),
         ({"rows": 1 << 31}, "less than 2\\^31"),
-        ({"budget": 10}, "too small for a CAFE table of dimension 4: the minimum is 124 bytes"),
+        ({"budget": 10}, "too small for a CAFE table of dimension 4: the minimum is 120 bytes"),
     ],
 )
 def test_bad_settings(more, match):

@@ -19,7 +19,7 @@ class SlowSketch:
     def place(self, one):
         return int(hash_ids(torch.tensor([one]), self.seed, len(self.buckets)))
 
-    def insert(self, one, importance, owners):
+    def insert(self, one, importance, protected):
         bucket = self.buckets[self.place(one)]
         for entry in bucket:
             if entry[0] == one:
@@ -28,7 +28,7 @@ class SlowSketch:
         if len(bucket) < 4:
             bucket.append([one, importance])
             return
-        free = [entry for entry in bucket if entry[0] not in owners]
+        free = [entry for entry in bucket if entry[0] not in protected]
         if free:
             weakest = min(free, key=lambda entry: entry[1])
             weakest[0] = one
@@ -52,17 +52,19 @@ def test_batches_equal_single_insertions(buckets, seed, batches, owners):
     Importances are whole numbers and made distinct, so that no tie decides.
     """
     sketch, slow = HotSketch(buckets, seed=seed), SlowSketch(buckets, seed)
+    protected: set[int] = set()
     for number, batch in enumerate(batches):
         ids = sorted(batch)
         value = {i: batch[i] + 100 * k + 10_000 * number for k, i in enumerate(ids)}
         known = {entry[0] for bucket in slow.buckets for entry in bucket}
         for one in sorted(ids, key=lambda i: (i not in known, value[i])):
-            slow.insert(one, value[one], owners)
+            slow.insert(one, value[one], protected)
         sketch.insert(torch.tensor(ids), torch.tensor([float(value[i]) for i in ids]))
         for one in owners:
             found, bucket, slot = sketch.locate(torch.tensor([one]))
             if found:
                 sketch.rows[bucket, slot] = 1
+                protected.add(one)
         for bucket, keys, scores in zip(slow.buckets, sketch.keys, sketch.scores, strict=True):
             held = {int(k): float(s) for k, s in zip(keys, scores, strict=True) if k >= 0}
             assert held == {one: float(score) for one, score in bucket}
