@@ -75,6 +75,7 @@ class SyntheticConfig:
     drift_share: float = 0.1
     renew_share: float = 0.0
     num_dense: int = 4
+    num_interacting: int = 4
     interaction_share: float = 0.7
     linear_share: float = 0.2
     base_rate: float = 0.25
@@ -251,16 +252,22 @@ class _Table:
         return self.vectors * (np.arange(self.vectors.shape[1]) < self.dims[:, None])
 
     @classmethod
-    def draw(cls, rows: int, exponent: float, config: SyntheticConfig, rng: _Rng) -> _Table:
+    def draw(
+        cls, rows: int, exponent: float, interacts: bool, config: SyntheticConfig, rng: _Rng
+    ) -> _Table:
         mass = np.arange(1, rows + 1, dtype=np.float64) ** -exponent
         cumulative = np.cumsum(mass / mass.sum())
         cumulative[-1] = 1.0
         ids = rng.permutation(rows).astype(np.int32)
-        if config.plant == "frequency":
+        dim = config.latent_dim
+        if not interacts:
+            height, dim = np.zeros(rows), 0
+        elif config.plant == "frequency":
             height = 1 - np.log(np.arange(1, rows + 1)) / np.log(rows)
         else:
             height = rng.random(rows)
-        by_rank = np.rint(config.min_dim * (config.latent_dim / config.min_dim) ** height)
+        by_rank = np.rint(config.min_dim * (config.latent_dim / config.min_dim) ** height) if config.plant == "frequency" else np.rint(config.min_dim + (config.latent_dim - config.min_dim) * height)
+        if not interacts: by_rank[:] = 1
         dims = np.empty(rows, np.int64)
         dims[ids] = by_rank
         return cls(
@@ -268,8 +275,8 @@ class _Table:
             rank_dims=dims[ids] if config.plant == "frequency" else None,
             ids=ids,
             dims=dims,
-            vectors=rng.standard_normal((rows, config.latent_dim), dtype=np.float32),
-            weights=rng.standard_normal(rows, dtype=np.float32),
+            vectors=rng.standard_normal((rows, dim), dtype=np.float32),
+            weights=rng.standard_normal(rows, dtype=np.float32) * (not interacts),
         )
 
     def drift(self, config: SyntheticConfig, rng: _Rng) -> _Table:
@@ -303,10 +310,11 @@ class _World:
 
     @classmethod
     def draw(cls, config: SyntheticConfig, rng: _Rng) -> _World:
+        inter = {round(x) for x in np.linspace(0, len(config.table_sizes)-1, config.num_interacting + 2)[1:-1]}
         exponents = islice(cycle(config.zipf), len(config.table_sizes))
         tables = [
-            _Table.draw(rows, exponent, config, rng)
-            for rows, exponent in zip(config.table_sizes, exponents, strict=True)
+            _Table.draw(rows, exponent, n in inter, config, rng)
+            for n, (rows, exponent) in enumerate(zip(config.table_sizes, exponents, strict=True))
         ]
         return cls(tables, rng.standard_normal(config.num_dense, dtype=np.float32))
 
@@ -332,12 +340,14 @@ class _World:
         self, dense: Float32[np.ndarray, "n features"], sparse: Int[np.ndarray, "n tables"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs, linear and dense parts of each example."""
-        total = np.zeros((len(sparse), self.tables[0].vectors.shape[1]), np.float32)
+        total = np.zeros((len(sparse), max(t.vectors.shape[1] for t in self.tables)), np.float32)
         own, linear = np.zeros(len(sparse), np.float32), np.zeros(len(sparse), np.float32)
         for ids, (latent, squares, weights) in zip(sparse.T, self._lookup, strict=True):
-            total += latent.take(ids, axis=0)
-            own += squares.take(ids)
-            linear += weights.take(ids)
+            if latent.shape[1]:
+                total += latent.take(ids, axis=0)
+                own += squares.take(ids)
+            else:
+                linear += weights.take(ids)
         pairs = (np.einsum("nd,nd->n", total, total) - own) / 2
         return pairs, linear, dense @ self.dense_weights
 
