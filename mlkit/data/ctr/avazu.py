@@ -21,7 +21,9 @@ _HEADER = (
 _COLUMNS = tuple(_HEADER.decode().split(","))
 _NAMES = _COLUMNS[2:]
 _HOUR = rb"[0-9]{6}(?:[01][0-9]|2[0-3])"
-_PATTERN = re.compile(rb"[^,\0]{1,32},[01],%s(?:,[0-9A-Za-z_.-]{0,32}){%d}" % (_HOUR, len(_NAMES) - 1))
+_PATTERN = re.compile(
+    rb"[^,\0]{1,32},[01],%s(?:,[0-9A-Za-z_.-]{0,32}){%d}" % (_HOUR, len(_NAMES) - 1)
+)
 _START = re.compile(rb"[^,]*,[^,]*,(%s)," % _HOUR)
 
 

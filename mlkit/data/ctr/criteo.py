@@ -1,4 +1,4 @@
-"""Criteo's display advertising logs from your own copy: Kaggle's `train.txt`, or Terabyte's days."""
+"""Criteo's click logs from your own copy: Kaggle's `train.txt`, or Terabyte's days."""
 
 from __future__ import annotations
 

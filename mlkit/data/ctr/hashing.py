@@ -12,7 +12,7 @@ from mlkit.errors import InvalidValueError
 __all__ = ["hash_cells", "mix64", "sizes_of"]
 
 
-def mix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+def mix64(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -210,9 +210,7 @@ class LineStream:
     def _blocks_from(self, line: int) -> Iterator[tuple[_Mark, list[bytes]]]:
         """Blocks of lines from the one that holds `line` to the end of the last file."""
         marks = self._index.marks
-        first = max(
-            int(np.searchsorted([mark.line for mark in marks], line, side="right")) - 1, 0
-        )
+        first = max(int(np.searchsorted([mark.line for mark in marks], line, side="right")) - 1, 0)
         start = marks[first]
         position = self._paths.index(start.path)
         for path in self._paths[position:]:

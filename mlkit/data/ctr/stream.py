@@ -123,7 +123,7 @@ class CTRData:
             wrong = ids[(ids < 0) | (ids >= rows)]
             if len(wrong):
                 raise InvalidValueError(
-                    f"{name}: id {wrong[0]} is not in table {table!r}, whose ids are 0 .. {rows - 1}"
+                    f"{name}: table {table!r} has the ids 0 .. {rows - 1}, got {wrong[0]}"
                 )
         if not 0 <= ends[0] <= ends[1] <= len(label):
             raise InvalidValueError(
@@ -177,7 +177,9 @@ def check_split(split: str) -> None:
         InvalidValueError: With the names that there are.
     """
     if split not in get_args(Split):
-        raise InvalidValueError(f"no part {split!r} of the data; {nearest(split, get_args(Split))}")
+        raise InvalidValueError(
+            f"no part {split!r} of the data; {nearest(str(split), get_args(Split))}"
+        )
 
 
 def split_ends(
