@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import BinaryAUROC
 from torchmetrics.functional.classification import binary_auroc
 
 from mlkit.errors import InvalidValueError
@@ -34,9 +33,10 @@ def split_parameters(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 class CTRModule(L.LightningModule):
-    """Binary cross entropy on dict batches `{"dense", "sparse", "label"}`; logs `val_auc`.
+    """Binary cross entropy on dict batches `{"dense", "sparse", "label"}`.
 
     Optimization is manual: both optimizers step once per batch. There is no schedule.
+    `ctr_quality` measures the network.
 
     Args:
         net: Maps (dense, sparse) to logits; its tables are in `net.tables`.
@@ -51,7 +51,6 @@ class CTRModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.val_auc = BinaryAUROC()
         self._make = (dense_optimizer, table_optimizer)
 
     def forward(
@@ -73,12 +72,6 @@ class CTRModule(L.LightningModule):
         for optimizer in both:
             optimizer.step()
         return loss.detach()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count a batch in for `val_auc`."""
-        logits = self(batch["dense"], batch["sparse"])
-        self.val_auc.update(logits, batch["label"].int())
-        self.log("val_auc", self.val_auc, batch_size=len(logits))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer outside the tables and one inside, or the first alone."""

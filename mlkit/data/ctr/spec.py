@@ -9,7 +9,7 @@ from typing import Any
 from mlkit.data.ctr.lines import files_of
 from mlkit.data.ctr.stream import CTRStream, TestShare, check_fractions
 from mlkit.data.offline import check_root
-from mlkit.errors import InvalidValueError
+from mlkit.errors import InvalidValueError, MlkitError
 
 __all__ = ["CTRSpec"]
 
@@ -60,13 +60,14 @@ class CTRSpec:
 
     def load(self, seed: int) -> CTRStream:
         """Return the stream; `seed` keys what is generated, and nothing of what is read."""
+        from hydra.errors import InstantiationException
         from hydra.utils import instantiate
 
-        stream: CTRStream = instantiate(
-            self.stream,
-            seed=seed,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            _convert_="all",
-        )
+        shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
+        try:
+            stream: CTRStream = instantiate(self.stream, seed=seed, **shares, _convert_="all")
+        except InstantiationException as error:
+            if isinstance(error.__cause__, MlkitError):
+                raise error.__cause__ from None
+            raise
         return stream

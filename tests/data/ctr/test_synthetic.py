@@ -37,9 +37,7 @@ def test_expected_auc_is_the_mean_over_pairs(logits):
 
 @pytest.mark.parametrize("plant", ["frequency", "independent"])
 def test_rate_and_auc_are_what_was_asked_for(plant):
-    stream = synthetic(
-        seed=3, plant=plant, drift_at=(), base_rate=0.1, oracle_auc=0.75, **SMALL
-    )
+    stream = synthetic(seed=3, plant=plant, drift_at=(), base_rate=0.1, oracle_auc=0.75, **SMALL)
     # 30,000 draws: standard errors 0.002 of the rate and 0.005 of the AUC; 3 of each
     assert stream.label.mean() == pytest.approx(0.1, abs=0.006)
     got = roc_auc_score(stream.label, stream.oracle_logits)
@@ -60,7 +58,9 @@ def test_log_odds_are_those_of_a_factorisation_machine_of_the_true_dimensions():
             if a.interacts and b.interacts:
                 for n, ids in enumerate(stream.sparse[rows]):
                     i, j = ids[left], ids[right]
-                    shared = min(stream.true_dims(phase)[left][i], stream.true_dims(phase)[right][j])
+                    shared = min(
+                        stream.true_dims(phase)[left][i], stream.true_dims(phase)[right][j]
+                    )
                     pairs[n] += a.vectors[i, :shared] @ b.vectors[j, :shared]
         for table, ids in zip(tables, stream.sparse[rows].T, strict=True):
             linear += 0 if table.interacts else table.weights[ids]
@@ -86,7 +86,9 @@ def test_parts_have_their_shares_of_the_variance():
 
 def test_ids_follow_zipfs_law():
     stream = synthetic(seed=2, drift_at=(), zipf=[1.2, 0.5], **SMALL)
-    for column, (size, s) in enumerate(zip(SMALL["table_sizes"], [1.2, 0.5, 1.2, 0.5], strict=True)):
+    for column, (size, s) in enumerate(
+        zip(SMALL["table_sizes"], [1.2, 0.5, 1.2, 0.5], strict=True)
+    ):
         law = np.arange(1, size + 1) ** -s
         law /= law.sum()
         frequency = stream.frequency()[column]
@@ -129,7 +131,7 @@ def test_a_drift_moves_ranks_and_renews_rows(plant):
             assert 0 < moved <= round(0.3 * rows)
             same_dims = np.array_equal(before.dims, after.dims)
             assert same_dims == (plant == "independent" or not before.interacts)
-            values = (lambda t: t.vectors if t.interacts else t.weights[:, None])
+            values = lambda t: t.vectors if t.interacts else t.weights[:, None]
             renewed = (values(before) != values(after)).any(1).sum()
             assert renewed == round(0.1 * rows)
     hot = np.argmax(stream.frequency(2)[1])
