@@ -146,8 +146,12 @@ class MaskedOracle:
         for row, gradient in sums.items():
             self._earned[row] = (counts[row], gradient)
 
-    def step(self) -> Outcome | None:
-        """End a step: decay, utilities, update, new rows, and a round if one is due."""
+    def step(self, target: int | None = None) -> Outcome | None:
+        """End a step: decay, utilities, update, new rows, and a round if one is due.
+
+        Args:
+            target: Of that round and from then on.
+        """
         self.steps += 1
         self.utility *= self.config.decay_per_step
         self.torch_steps += self.torch_optimizer is not None
@@ -166,7 +170,10 @@ class MaskedOracle:
                 self.weight[row, :room] = self.initial[row, :room]
                 if fused:
                     self._update(row, earned[row][1])
-        found = self.round() if self.config.is_round(self.steps) else None
+        found = None
+        if self.config.is_round(self.steps):
+            before, self.target = self.target, self.target if target is None else target
+            found = self.round(force=self.target < before)
         self.scale /= self.config.decay_per_step
         if found is not None and self.scale > 1e12:
             self.scale = self.config.decay_per_step
@@ -217,7 +224,8 @@ class MaskedOracle:
     def scores(self) -> Array:
         """Normalised utilities, in the order of chunks."""
         if self.config.utility == "l2":
-            self.utility = np.sqrt(((self.weight * self.mask[:, :, None]) ** 2).sum(2))
+            norm = np.sqrt(((self.weight * self.mask[:, :, None]) ** 2).sum(2))
+            self.utility = norm / self.config.decay_per_step  # of after the step's decay
         score = self.utility.copy()
         if self.config.prefix:
             score = np.minimum.accumulate(score, 1)
