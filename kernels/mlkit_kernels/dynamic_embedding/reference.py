@@ -237,7 +237,7 @@ def apply_gradients(
     would give them.
     """
     rows, counts, grads = gradients
-    chunks = grads.view(len(rows), num_chunks, -1)
+    chunks = grads.view(len(rows), num_chunks, pool.shape[1])
     addresses = layout.addresses(header, num_chunks)[rows]
     slots = layout.slots(addresses, num_chunks)
     finite = grads.isfinite().all(1)

@@ -336,7 +336,7 @@ class DynamicEmbeddingStore(nn.Module):
         """Set the resident chunks of rows of the header; what is not resident is left out."""
         slots = self.placement.slots(rows)
         resident = slots >= 0
-        chunks = values.view(len(rows), self.config.num_chunks, -1)
+        chunks = values.view(len(rows), self.config.num_chunks, self.pool.shape[1])
         self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
 
     @torch.no_grad()
@@ -433,7 +433,8 @@ class DynamicEmbeddingStore(nn.Module):
     def _pool_gradient(self, gradients: RowGradients) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
-        chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
+        width = self.pool.shape[1]
+        chunks = gradients.grads.view(len(slots), self.config.num_chunks, width)[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
         if self.sparse:
             return torch.sparse_coo_tensor(
