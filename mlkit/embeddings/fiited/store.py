@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from mlkit.embeddings.fiited.budget import Plan, plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.distributed import gather_gradients, resolve_group
+from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, table_of
 from mlkit.embeddings.fiited.initial import initial_values
 from mlkit.embeddings.fiited.placement import Placement
 from mlkit.embeddings.fiited.round import Round, RoundStats
 from mlkit.embeddings.fiited.tables import Tables, TableSpec
+from mlkit.embeddings.fiited.unseen import collect_unseen, evict_ids, insert_unseen
 from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
@@ -68,6 +71,9 @@ class DynamicEmbeddingStore(nn.Module):
         target: Chunks that may be resident now.
         steps: Calls of `step()`.
         num_nonfinite: Rows whose gradient held a NaN or an infinity so far.
+        num_dropped: Times that an exact id map had no row for a new id; counted once in each step.
+        grad_scale: What the loss was multiplied by, set by you before each backward pass where a
+            `GradScaler` is at work, so that utilities do not change their unit with it.
         rounds: Statistics of the rounds so far, the last 1000.
 
     Raises:
@@ -76,6 +82,7 @@ class DynamicEmbeddingStore(nn.Module):
 
     pool: nn.Parameter
     header: Tensor
+    keys: Tensor
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class DynamicEmbeddingStore(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise InvalidTypeError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
-        self.tables = Tables(tables)
+        self.tables = Tables(tables, spare=config.id_map == "exact")
         self.embedding_dim = embedding_dim
         self.config = config
         self.sparse = sparse
@@ -106,6 +113,9 @@ class DynamicEmbeddingStore(nn.Module):
         words = self.layout.words(config.num_chunks)
         header = torch.zeros(self.tables.num_rows, words, dtype=torch.int32, **factory)
         self.register_buffer("header", header)
+        if config.id_map == "exact":
+            keys = torch.zeros(self.tables.num_rows, dtype=torch.int64, **factory)
+            self.register_buffer("keys", keys)
         pool = torch.zeros(slots, width, dtype=dtype, **factory)
         self.pool = nn.Parameter(pool, requires_grad=config.optimizer is None)
         for name, shape in self._state_shapes(slots, width).items():
@@ -114,6 +124,7 @@ class DynamicEmbeddingStore(nn.Module):
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
         self.process_group: Any = "auto"
+        self.grad_scale = 1.0
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -126,7 +137,7 @@ class DynamicEmbeddingStore(nn.Module):
             self.tables.num_rows,
             self.embedding_dim,
             element_size=4,
-            padding_rows=len(self.tables.padding_rows),
+            padding_rows=len(self.tables.empty_rows),
             chunks=chunks,
         )
 
@@ -153,7 +164,10 @@ class DynamicEmbeddingStore(nn.Module):
         self._log_scale = 0.0
         self._exponent = _FIRST_EXPONENT
         self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
-        self._pending: list[RowGradients] = []
+        self._pending: list[tuple[int | None, RowGradients]] = []
+        self.num_dropped = 0
+        self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
+        self.unseen: list[Tensor] = []
         self._optimizers: list[Any] = []
         self._placement: Placement | None = None
 
@@ -169,19 +183,21 @@ class DynamicEmbeddingStore(nn.Module):
             addresses.fill_(0 if self.layout.slab else -1)
             if self.config.optimizer is not None:
                 self.anchor.zero_()
+            if self.exact_ids is not None:
+                self.exact_ids.clear()
             if self.target == self._most:
                 self._fill()
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Make every row but padding resident in full, with its initial values."""
+        """Make every row but padding and spare ones resident in full, with its initial values."""
         per_row = self.config.num_chunks
         full = (1 << per_row) - 1
-        padding = set(self.tables.padding_rows)
+        empty = self.tables.empty_rows
         for start in range(0, self.tables.num_rows, _FILL_BLOCK):
             stop = min(start + _FILL_BLOCK, self.tables.num_rows)
             rows = torch.arange(start, stop, device=self.header.device)
-            for row in padding:
+            for row in empty:
                 rows = rows[rows != row]
             self.placement.set_masks(rows, torch.full_like(rows, full))
             self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
@@ -205,6 +221,41 @@ class DynamicEmbeddingStore(nn.Module):
                 self.columns,
             )
         return self._placement
+
+    @property
+    def exact_ids(self) -> ExactIds | None:
+        """The table of keys of `id_map="exact"`."""
+        if self.config.id_map != "exact":
+            return None
+        return ExactIds(self.tables, self.keys, self.config.seed)
+
+    def map_ids(
+        self,
+        ids: Int[Tensor, " n"],
+        table: int | None,
+        offsets: Tensor | None = None,
+        *,
+        collect: bool = False,
+    ) -> Int[Tensor, " n"]:
+        """Return the rows of ids within their tables; `lookup` does this.
+
+        Args:
+            ids: Any 64-bit integers, or rows where `id_map` is "identity".
+            table: Number of the table; None where the ids are those of all tables, in order.
+            offsets: Of the bags, to tell the tables apart.
+            collect: Whether ids that an exact map does not know get rows in the next `step()`.
+        """
+        if self.config.id_map == "identity":
+            return ids
+        number: int | Tensor = table if table is not None else 0
+        if table is None:
+            number = table_of(len(ids), len(self.tables.specs), offsets, ids.device)
+        if self.exact_ids is None:
+            return hash_rows(self.tables, ids, number, self.config.seed)
+        rows = self.exact_ids.find(ids, number)
+        if collect:
+            collect_unseen(self, ids, number, rows)
+        return rows
 
     def columns(self) -> list[Tensor]:
         """Everything that is indexed by slot: the pool, and states of any optimizer."""
@@ -258,13 +309,13 @@ class DynamicEmbeddingStore(nn.Module):
         # A copy has a handle, free lists and optimizers of its own.
         state = self.__dict__.copy()
         state.pop("_handle", None)
-        return {**state, "_placement": None, "_optimizers": [], "_pending": []}
+        return {**state, "_placement": None, "_optimizers": [], "_pending": [], "unseen": []}
 
     # -------------------------------------------------------------------- values
 
     @property
     def _most(self) -> int:
-        rows = self.tables.num_rows - len(self.tables.padding_rows)
+        rows = self.tables.num_rows - len(self.tables.empty_rows)
         return rows * self.config.num_chunks
 
     @property
@@ -323,14 +374,6 @@ class DynamicEmbeddingStore(nn.Module):
             values = encode(values, number, self.steps, self._exponent)
         self.layout.utilities(self.header, self.config.num_chunks)[rows] = values
 
-    def average_utilities(self) -> None:
-        """Make the utilities of all ranks equal, where each saw gradients of its own."""
-        from mlkit.embeddings.fiited.distributed import average
-
-        group = self.group()
-        if group is not None and self.config.optimizer is None:
-            average(self, group)
-
     @torch.no_grad()
     def write(self, rows: Int[Tensor, " rows"], values: Float[Tensor, "rows dim"]) -> None:
         """Set the resident chunks of rows of the header; what is not resident is left out."""
@@ -356,7 +399,7 @@ class DynamicEmbeddingStore(nn.Module):
             optimizer_bytes=sum(t.nbytes for t in (*self.states, *unfused)) + row_state,
             header_bytes=self.header.nbytes - row_state,
             allocator_bytes=self.placement.nbytes,
-            other_bytes=0,
+            other_bytes=0 if self.exact_ids is None else self.keys.nbytes,
             dense_bytes=self.plan.dense_bytes,
             dense_weight_bytes=self.plan.dense_weight_bytes,
         )
@@ -405,30 +448,62 @@ class DynamicEmbeddingStore(nn.Module):
         Returns:
             The gradient of the pool, dense or sparse; None in fused mode.
         """
-        from mlkit.embeddings.fiited.distributed import gather_gradients
-
         metadata, per_row = self.tables.metadata(table), self.config.num_chunks
-        update = self.update()
-        bags = (metadata, indices, offsets, bag_size, weights, grad.contiguous(), mode)
+        update, group = self.update(), self.group()
         fused = self.config.optimizer is not None
-        group = self.group()
-        if fused and group is None:
+        grad = grad.contiguous()
+        waiting = self._waiting(table) if fused else None
+        local = None
+        if fused and group is None and waiting is None and self.grad_scale == 1:
             touched = kernels.backward(
                 self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
-                indices, offsets, bag_size, weights, grad.contiguous(), mode, update,
+                indices, offsets, bag_size, weights, grad, mode, update,
             )  # fmt: skip
         else:
-            gradients = kernels.reduce(*bags)
-            if fused:
-                gradients = gather_gradients(gradients, group)
+            local = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
+            gradients = self._shared(local, update, group)
             touched = kernels.apply(
                 self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
                 update,
             )  # fmt: skip
+            if waiting is not None:
+                # Rows of an earlier lookup in this step have earned utility, but no place yet.
+                late = torch.isin(gradients.rows, waiting)
+                late &= ~torch.isin(gradients.rows, touched.new.rows)
+                if bool(late.any()):
+                    self._pending.append((table, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
-        if len(touched.new.rows):
-            self._pending.append(touched.new)
-        return None if fused else self._pool_gradient(gradients)
+        new = self._without_spare(touched.new)
+        if len(new.rows):
+            self._pending.append((table, new))
+        return None if fused or local is None else self._pool_gradient(local)
+
+    def _waiting(self, table: int | None) -> Tensor | None:
+        """Return rows of these tables that an earlier backward pass of this step found new."""
+        found = [p.rows for t, p in self._pending if t is None or table is None or t == table]
+        return torch.cat(found) if found else None
+
+    def _shared(self, local: RowGradients, update: Update, group: Any) -> RowGradients:
+        """Gradients of all ranks, and without the factor of a loss scale."""
+        if self.grad_scale != 1:
+            local = local._replace(grads=local.grads / self.grad_scale)
+        is_used = self.config.optimizer is not None or update.utility != "none" or update.keep_new
+        return local if group is None or not is_used else gather_gradients(local, group)
+
+    def _without_spare(self, new: RowGradients) -> RowGradients:
+        """Let the spare rows forget what lookups of unknown ids left there."""
+        if not self.tables.spare_rows:
+            return new
+        spare = torch.tensor(self.tables.spare_rows, device=self.header.device)
+        self.forget(spare)
+        keep = ~torch.isin(new.rows, spare)
+        return RowGradients(*(x[keep] for x in new))
+
+    def forget(self, rows: Int[Tensor, " rows"]) -> None:
+        """Set the utilities and the row-wise state of rows of the header to zero."""
+        self.layout.utilities(self.header, self.config.num_chunks)[rows] = 0
+        if self.layout.row_state:
+            self.layout.state(self.header, self.config.num_chunks)[rows] = 0
 
     def _pool_gradient(self, gradients: RowGradients) -> Tensor:
         slots = self.placement.slots(gradients.rows)
@@ -460,29 +535,33 @@ class DynamicEmbeddingStore(nn.Module):
 
     def _admit_new(self) -> None:
         """Give rows that were seen for the first time a place, as long as there is one."""
-        from mlkit.embeddings.fiited.distributed import gather_new_rows
-
-        pending, self._pending = self._pending, []
-        new = gather_new_rows(pending, self.group(), self.config.optimizer is not None, self)
-        free = self.target - self.num_resident
-        if new is None or free <= 0:
-            return
-        rows, counts, grads = new
+        pending, self._pending = [gradients for _, gradients in self._pending], []
+        found = [gradients.rows for gradients in pending]
+        if self.exact_ids is not None:
+            found.append(insert_unseen(self))
         per_row = self.config.num_chunks
-        rows = rows[: -(-free // per_row)]
+        free = self.target - self.num_resident
+        if not found or free <= 0:
+            return
+        rows = torch.unique(torch.cat(found))
+        rows = rows[(self.placement.slots(rows) < 0).all(1)][: -(-free // per_row)]
+        if not len(rows):
+            return
         size = (free - per_row * torch.arange(len(rows), device=rows.device)).clamp_max(per_row)
         self.placement.set_masks(rows, (1 << size) - 1)
         self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
         if self.config.optimizer is None:
             return
-        # The first gradient of a row was kept for this moment; its utility counts already.
-        first = RowGradients(rows, counts[: len(rows)], grads[: len(rows)])
-        if self.config.optimizer == "rowwise_adagrad":
+        # The first gradients of a row were kept for this moment; their utility counts already.
+        if self.layout.row_state:
             self.layout.state(self.header, per_row)[rows] = 0  # it was added without a chunk
         update = self.update()._replace(utility="none", keep_new=False)
-        kernels.apply(
-            self.header, self.pool.detach(), self.states, self.layout, per_row, first, update
-        )
+        for gradients in pending:
+            placed = torch.isin(gradients.rows, rows)
+            kernels.apply(
+                self.header, self.pool.detach(), self.states, self.layout, per_row,
+                RowGradients(*(x[placed] for x in gradients)), update,
+            )  # fmt: skip
 
     def prune_now(self, *, force: bool = False) -> RoundStats | None:
         """Run a pruning round now.
@@ -497,6 +576,8 @@ class DynamicEmbeddingStore(nn.Module):
         lowered = target < self.target
         self.target = target
         stats = Round(self).run(force=force or lowered)
+        if self.exact_ids is not None:
+            evict_ids(self)
         if lowered:
             self._repack(self._plan(target))
         self._recentre()
@@ -575,8 +656,6 @@ class DynamicEmbeddingStore(nn.Module):
 
     def group(self) -> Any:
         """Return the process group whose ranks must decide alike, or None."""
-        from mlkit.embeddings.fiited.distributed import resolve_group
-
         return resolve_group(self.process_group)
 
     # --------------------------------------------------------------- checkpoints
