@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mlkit.errors import InvalidTypeError
 from mlkit_kernels.dynamic_embedding import RowGradients
 
-__all__ = ["gather", "gather_gradients", "resolve_group"]
+__all__ = ["exclude_from_broadcast", "gather", "gather_gradients", "resolve_group"]
 
 
 def resolve_group(group: Any) -> Any:
@@ -34,6 +35,20 @@ def resolve_group(group: Any) -> Any:
             return None
         return dist.group.WORLD
     return group
+
+
+def exclude_from_broadcast(model: nn.Module) -> None:
+    """Keep DDP from sending the buffers of a model's stores before each forward pass.
+
+    They are equal on all ranks as it is. Call it before `DistributedDataParallel(model)`.
+    """
+    from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
+
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DynamicEmbeddingStore):
+            ignored += [f"{name}.{n}" if name else n for n, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def gather_gradients(mine: RowGradients, group: Any) -> RowGradients:

@@ -9,6 +9,7 @@ the schedule says so, lets a round decide anew which chunks keep theirs (`round.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,11 @@ from mlkit_kernels.dynamic_embedding.header import decode, encode
 
 __all__ = ["DynamicEmbeddingStore", "store_of"]
 
+logger = logging.getLogger(__name__)
+
 _LARGEST_SCALE = 1e12
 _FILL_BLOCK = 1 << 16
+_CLOCK = 7  # numbers of a store's extra state before the free lists
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
 
 _handles = itertools.count(1)
@@ -69,6 +73,8 @@ class DynamicEmbeddingStore(nn.Module):
         header: int32 [rows, words], see `mlkit_kernels.dynamic_embedding.header`.
         budget: Chunks that may be resident once a ramp has ended.
         target: Chunks that may be resident now.
+        follow_checkpoints: Whether loading one takes over its budget, where `resize` changed it,
+            instead of this store's own.
         steps: Calls of `step()`.
         num_nonfinite: Rows whose gradient held a NaN or an infinity so far.
         num_dropped: Times that an exact id map had no row for a new id; counted once in each step.
@@ -125,6 +131,9 @@ class DynamicEmbeddingStore(nn.Module):
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
         self.process_group: Any = "auto"
         self.grad_scale = 1.0
+        self.follow_checkpoints = False
+        self._driver: weakref.ref[Any] | None = None
+        self._group_number = 0
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -168,8 +177,10 @@ class DynamicEmbeddingStore(nn.Module):
         self.num_dropped = 0
         self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
         self.unseen: list[Tensor] = []
-        self._optimizers: list[Any] = []
+        self._optimizers: list[tuple[torch.optim.Optimizer, Any]] = []
+        self._has_warned = False
         self._placement: Placement | None = None
+        self._saved_free: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Empty all rows; at density 1 fill them with their initial values."""
@@ -219,7 +230,9 @@ class DynamicEmbeddingStore(nn.Module):
                 len(self.pool),
                 self.plan.page_slots,
                 self.columns,
+                self._saved_free,
             )
+            self._saved_free = None
         return self._placement
 
     @property
@@ -265,20 +278,25 @@ class DynamicEmbeddingStore(nn.Module):
         return found
 
     def _unfused_states(self) -> list[dict[str, Any]]:
-        return [o.state[self.pool] for o in self._optimizers if self.pool in o.state]
+        return [o.state[self.pool] for o, _ in self._optimizers if self.pool in o.state]
 
     def _is_column(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.pool)
 
-    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Keep the states of an optimizer of the pool with their chunks, and step after it.
 
         States whose first dimension is the pool's are moved with the chunks and zeroed where a slot
         is used anew; `step()` runs after each `optimizer.step()`.
 
+        Returns:
+            False if it was registered already.
+
         Raises:
             InvalidValueError: If the optimizer does not train the pool.
         """
+        if any(optimizer is known for known, _ in self._optimizers):
+            return False
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if id(self.pool) not in held:
             raise InvalidValueError(
@@ -286,7 +304,6 @@ class DynamicEmbeddingStore(nn.Module):
                 f"{', '.join(s.name for s in self.tables.specs[:3])}: give it model.parameters(), "
                 "or use a fused optimizer (FIITEDConfig(optimizer=...))"
             )
-        self._optimizers.append(optimizer)
         reference = weakref.ref(self)
 
         def after(*_: Any) -> None:
@@ -294,7 +311,33 @@ class DynamicEmbeddingStore(nn.Module):
             if store is not None:
                 store.step()
 
-        optimizer.register_step_post_hook(after)
+        self._optimizers.append((optimizer, optimizer.register_step_post_hook(after)))
+        return True
+
+    def unregister_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo `register_optimizer`."""
+        for known, hook in self._optimizers:
+            if known is optimizer:
+                hook.remove()
+        self._optimizers = [o for o in self._optimizers if o[0] is not optimizer]
+
+    def drive(self, optimizer: weakref.ref[Any], number: int) -> None:
+        """Take the hyperparameters of a fused optimizer from a group of this one from now on."""
+        self._driver, self._group_number = optimizer, number
+
+    @property
+    def driver(self) -> Any:
+        """The `FusedEmbeddingOptimizer` of this store, or None."""
+        return None if self._driver is None else self._driver()
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """Return lr, eps and betas of a fused optimizer as they are now."""
+        driver = self.driver
+        if driver is None:
+            return {"lr": float(self._lr), "eps": self.config.eps, "betas": self.config.betas}
+        group: dict[str, Any] = driver.param_groups[self._group_number]
+        self._lr.fill_(float(group["lr"]))
+        return group
 
     @property
     def handle(self) -> int:
@@ -309,7 +352,16 @@ class DynamicEmbeddingStore(nn.Module):
         # A copy has a handle, free lists and optimizers of its own.
         state = self.__dict__.copy()
         state.pop("_handle", None)
-        return {**state, "_placement": None, "_optimizers": [], "_pending": [], "unseen": []}
+        if self._placement is not None:
+            state["_saved_free"] = self._placement.free()
+        return {
+            **state,
+            "_placement": None,
+            "_optimizers": [],
+            "_driver": None,
+            "_pending": [],
+            "unseen": [],
+        }
 
     # -------------------------------------------------------------------- values
 
@@ -319,12 +371,13 @@ class DynamicEmbeddingStore(nn.Module):
         return rows * self.config.num_chunks
 
     @property
-    def _all(self) -> int:
+    def num_chunks(self) -> int:
+        """All chunks, with storage or without."""
         return self.tables.num_rows * self.config.num_chunks
 
     def density_of(self, chunks: int) -> float:
         """Fraction of all chunks."""
-        return chunks / self._all
+        return chunks / self.num_chunks
 
     @property
     def num_resident(self) -> int:
@@ -335,7 +388,9 @@ class DynamicEmbeddingStore(nn.Module):
         """Return how many chunks may be resident at a step."""
         final = self.density_of(self.budget)
         density = self.config.ramp_density(step, final)
-        return self.budget if density <= final else min(round(density * self._all), self._most)
+        return (
+            self.budget if density <= final else min(round(density * self.num_chunks), self._most)
+        )
 
     @property
     def density(self) -> float:
@@ -408,14 +463,14 @@ class DynamicEmbeddingStore(nn.Module):
 
     def update(self) -> Update:
         """Return what a backward pass of this step does."""
-        config = self.config
+        config, fused = self.config, self._hyperparameters()
         counted = self.steps % config.utility_every == 0
         return Update(
             optimizer=config.optimizer or "none",
-            lr=float(self._lr),
-            eps=config.eps,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
+            lr=float(fused["lr"]),
+            eps=float(fused["eps"]),
+            beta1=float(fused["betas"][0]),
+            beta2=float(fused["betas"][1]),
             utility=config.utility if counted and config.utility != "l2" else "none",
             scale=math.exp(self._log_scale),
             exponent=self._exponent,
@@ -530,8 +585,19 @@ class DynamicEmbeddingStore(nn.Module):
         self.steps += 1
         self._log_scale -= math.log(self.config.decay_per_step)
         if self.config.is_round(self.steps):
+            self._warn_unregistered()
             return self.prune_now()
         return None
+
+    def _warn_unregistered(self) -> None:
+        if self.config.optimizer is None and not self._optimizers and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a round ran for %s, whose optimizer is not known: its states do not move with the "
+                "chunks; call store.register_optimizer(optimizer), or use the callback "
+                "EmbeddingBudget",
+                self.tables.specs[0].name,
+            )
 
     def _admit_new(self) -> None:
         """Give rows that were seen for the first time a place, as long as there is one."""
@@ -574,6 +640,11 @@ class DynamicEmbeddingStore(nn.Module):
         """
         target = self.ramp_target(self.steps)
         lowered = target < self.target
+        if lowered and self.config.optimizer is None and self.group() is not None:
+            raise RunError(
+                "a ramp changes the pool's shape, which DDP does not follow: leave ramp out, or "
+                "use a fused optimizer, FIITEDConfig(optimizer=...)"
+            )
         self.target = target
         stats = Round(self).run(force=force or lowered)
         if self.exact_ids is not None:
@@ -597,7 +668,8 @@ class DynamicEmbeddingStore(nn.Module):
         if octaves >= 4:
             shift = 8 * octaves
             for block in stored.split(_FILL_BLOCK):
-                block.copy_(torch.where(block > shift, block - shift, (block > 0).to(block.dtype)))
+                code = block.short()
+                block.copy_(torch.where(code > shift, code - shift, (code > 0).short()))
             self._log_scale -= octaves * math.log(2)
 
     # -------------------------------------------------------------------- budget
@@ -652,7 +724,7 @@ class DynamicEmbeddingStore(nn.Module):
         """`resize` to a density of all chunks, in (0, 1]."""
         if not 0 < density <= 1:
             raise InvalidValueError(f"target_density must be in (0, 1], got {density}")
-        self.resize(max(1, min(round(density * self._all), self._most)))
+        self.resize(max(1, min(round(density * self.num_chunks), self._most)))
 
     def group(self) -> Any:
         """Return the process group whose ranks must decide alike, or None."""
@@ -661,28 +733,38 @@ class DynamicEmbeddingStore(nn.Module):
     # --------------------------------------------------------------- checkpoints
 
     def get_extra_state(self) -> Tensor:
-        """Return the clock as a tensor, so that every kind of checkpoint holds it."""
-        counts = [self.steps, self.num_nonfinite, self.plan.num_chunks]
+        """Return clock, counters and free lists, as a tensor for every kind of checkpoint."""
+        counts = [self.steps, self.num_nonfinite, self.plan.num_chunks, self.num_dropped]
         values = [*counts, self._log_scale, self._exponent, float(self._lr)]
-        return torch.tensor(values, dtype=torch.float64)
+        clock = torch.tensor(values, dtype=torch.float64)
+        free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
+        return torch.cat([clock, self.dropped.double(), free])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""
-        steps, nonfinite, _, log_scale, exponent, lr = state.tolist()
+        steps, nonfinite, _, num_dropped, log_scale, exponent, lr = state[:_CLOCK].tolist()
         self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
-        self.num_nonfinite = int(nonfinite)
+        self.num_nonfinite, self.num_dropped = int(nonfinite), int(num_dropped)
         self._lr.fill_(lr)
+        self.dropped = state[_CLOCK : _CLOCK + len(self.tables.specs)].long().cpu()
+        free = state[_CLOCK + len(self.tables.specs) :].long()
+        self._saved_free = free if len(free) else None
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Load a checkpoint of any budget, then come back to this store's own."""
         extra = state_dict.get(f"{prefix}_extra_state")
-        own = self.target
-        self._pending, self._placement = [], None
+        own, began = self.target, self.budget if self.config.ramp is None else self.ramp_target(0)
+        self._pending, self._placement, self.unseen = [], None, []
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
             self._take_plan(self._plan(int(extra[2])))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.budget <= self.plan.num_chunks <= began:
+            own = self.plan.num_chunks  # as far as the ramp was
+        elif self.follow_checkpoints:
+            own = self.budget = self.plan.num_chunks
+            self.config = replace(self.config, ramp=None, ramp_from=None)
         self.target = own
         if self.plan.num_chunks != own and not self.header.is_meta:
             if self.num_resident > own:
