@@ -29,6 +29,14 @@ _library.define(
     "fiited_lookup_backward(Tensor grad, Tensor root, Tensor indices, Tensor? offsets, "
     "Tensor? weights, int handle, int table, int bag_size, str mode) -> Tensor"
 )
+_library.define(
+    "fiited_rows(Tensor ids, Tensor? offsets, int handle, int table, bool collect) -> Tensor"
+)
+
+
+def _rows(ids: Tensor, offsets: Tensor | None, handle: int, table: int, collect: bool) -> Tensor:
+    number = None if table == ALL_TABLES else table
+    return store_of(handle).map_ids(ids, number, offsets, collect=collect)
 
 
 def _forward(
@@ -93,6 +101,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return found, None, None, None, None, None, None, None
 
 
+_library.impl("fiited_rows", _rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "mlkit::fiited_rows", lambda ids, *rest: torch.empty_like(ids, dtype=torch.int64), lib=_library
+)
 _library.impl("fiited_lookup", _forward, "CompositeExplicitAutograd")
 _library.impl("fiited_lookup_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("mlkit::fiited_lookup", _fake, lib=_library)
@@ -114,11 +126,11 @@ def lookup(
     bag_size: int = 1,
     mode: str = "sum",
 ) -> Float[Tensor, "batch tables_times_dim"]:
-    """Look rows up and pool them by bag; gradients update the store.
+    """Look ids up and pool their rows by bag; gradients update the store.
 
     Args:
         store: Where the rows are.
-        indices: Rows within their tables; int64 or int32.
+        indices: Ids, int64 or int32: rows within their tables where `id_map` is "identity".
         offsets: Beginnings of the bags and the end, ordered by table; None for equal sizes.
         weights: A factor for each index; it gets no gradient.
         table: One table of the store; None for all of them.
@@ -130,6 +142,9 @@ def lookup(
     """
     root = store.pool if store.config.optimizer is None else store.anchor
     number = ALL_TABLES if table is None else table
+    if store.config.id_map != "identity":
+        collect = store.training and torch.is_grad_enabled()
+        indices = torch.ops.mlkit.fiited_rows(indices, offsets, store.handle, number, collect)
     return torch.ops.mlkit.fiited_lookup(
         root, indices, offsets, weights, store.handle, number, bag_size, mode
     )
