@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +64,7 @@ class DynamicEmbeddingStore(nn.Module):
     Attributes:
         pool: [slots, C]. A parameter that an unfused optimizer trains.
         header: int32 [rows, words], see `mlkit_kernels.dynamic_embedding.header`.
+        handle: A number by which the lookup op finds this store in its process.
         budget: Chunks that may be resident once a ramp has ended.
         target: Chunks that may be resident now.
         steps: Calls of `step()`.
@@ -114,6 +115,8 @@ class DynamicEmbeddingStore(nn.Module):
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
         self.process_group: Any = "auto"
+        self._loading: list[str] | None = None
+        self._register()
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -187,6 +190,11 @@ class DynamicEmbeddingStore(nn.Module):
             self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
 
     @property
+    def root(self) -> nn.Parameter:
+        """What the graph of a lookup hangs on."""
+        return self.pool if self.config.optimizer is None else self.anchor
+
+    @property
     def states(self) -> list[Tensor]:
         """States of a fused optimizer that are indexed by slot."""
         slots, width = self.pool.shape
@@ -245,22 +253,35 @@ class DynamicEmbeddingStore(nn.Module):
 
         optimizer.register_step_post_hook(after)
 
-    @property
-    def handle(self) -> int:
-        """A number by which the lookup op finds this store in its process."""
-        found = self.__dict__.get("_handle")
-        if found is None:
-            found = self.__dict__["_handle"] = next(_handles)
-            _stores[found] = self
-        return found
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _stores[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a handle, free lists and optimizers of its own.
-        state = self.__dict__.copy()
-        state.pop("_handle", None)
-        return {**state, "_placement": None, "_optimizers": [], "_pending": []}
+        own = {"_placement": None, "_optimizers": [], "_pending": [], "_loading": None}
+        return {**self.__dict__, **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._placement = None  # it holds the header that is replaced now
+        return super()._apply(fn, recurse)
 
     # -------------------------------------------------------------------- values
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the target is density 1."""
+        return self.target == self._most
+
+    def share_of(self, table: int) -> int:
+        """Return how many of the target's chunks a table gets in proportion to its rows."""
+        spec = self.tables.specs[table]
+        rows = spec.num_embeddings - (spec.padding_idx is not None)
+        return self.target * rows * self.config.num_chunks // self._most
 
     @property
     def _most(self) -> int:
@@ -346,6 +367,18 @@ class DynamicEmbeddingStore(nn.Module):
         values = self.pool.detach()[slots.clamp_min(0)]
         return torch.where((slots >= 0).unsqueeze(-1), values, 0).flatten(1)
 
+    @torch.no_grad()
+    def renormalise(self, table: int, indices: Tensor, max_norm: float, norm_type: float) -> None:
+        """Shorten rows of a table to a p-norm of at most `max_norm`, as `nn.Embedding` does."""
+        spec = self.tables.specs[table]
+        inside = indices[(indices >= 0) & (indices < spec.num_embeddings)]
+        rows = inside.unique().long() + self.tables.first[table]
+        values = self.read(rows)
+        norm = torch.linalg.vector_norm(values, norm_type, dim=1)
+        longer = norm > max_norm
+        scale = max_norm / (norm[longer] + 1e-7)
+        self.write(rows[longer], values[longer] * scale.unsqueeze(1))
+
     def memory_report(self) -> MemoryReport:
         """Return the bytes of everything that is held now, headers included."""
         words = 4 * self.tables.num_rows
@@ -383,42 +416,52 @@ class DynamicEmbeddingStore(nn.Module):
     @torch.no_grad()
     def backward(
         self,
-        table: int | None,
+        tables: Sequence[int],
         indices: Tensor,
         offsets: Tensor | None,
         bag_size: int,
         weights: Tensor | None,
         grad: Tensor,
         mode: str,
+        *,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
     ) -> Tensor | None:
         """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
 
         Args:
-            table: Number of the table, or None for all of them at once.
+            tables: Numbers of the tables that were read.
             indices: As in the lookup, and so on.
             offsets: See the kernels.
             bag_size: See the kernels.
             weights: See the kernels.
             grad: Of the lookup's output.
             mode: "sum" or "mean".
+            scale_grad_by_freq: Divide the gradient of a row by how often it was read.
+            sparse: Whether the gradient of the pool is.
 
         Returns:
             The gradient of the pool, dense or sparse; None in fused mode.
         """
         from mlkit.embeddings.fiited.distributed import gather_gradients
 
-        metadata, per_row = self.tables.metadata(table), self.config.num_chunks
+        grad, per_row = grad.contiguous(), self.config.num_chunks
+        metadata = self.tables.metadata(tuple(tables))
+        if any(after <= before for before, after in itertools.pairwise(tables)):
+            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
         update = self.update()
-        bags = (metadata, indices, offsets, bag_size, weights, grad.contiguous(), mode)
         fused = self.config.optimizer is not None
         group = self.group()
-        if fused and group is None:
+        if fused and group is None and not scale_grad_by_freq:
             touched = kernels.backward(
                 self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
-                indices, offsets, bag_size, weights, grad.contiguous(), mode, update,
+                indices, offsets, bag_size, weights, grad, mode, update,
             )  # fmt: skip
         else:
-            gradients = kernels.reduce(*bags)
+            gradients = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
+            if scale_grad_by_freq:
+                counts = gradients.counts.to(gradients.grads.dtype)
+                gradients = gradients._replace(grads=gradients.grads / counts.unsqueeze(1))
             if fused:
                 gradients = gather_gradients(gradients, group)
             touched = kernels.apply(
@@ -428,14 +471,44 @@ class DynamicEmbeddingStore(nn.Module):
         self.num_nonfinite += touched.num_nonfinite
         if len(touched.new.rows):
             self._pending.append(touched.new)
-        return None if fused else self._pool_gradient(gradients)
+        return None if fused else self._pool_gradient(gradients, sparse)
 
-    def _pool_gradient(self, gradients: RowGradients) -> Tensor:
+    def _as_one_table(
+        self,
+        metadata: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        bag_size: int,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn a batch that reads a table twice into one of the whole header.
+
+        The kernels sum gradients by table, so a table may occur only once among theirs.
+        """
+        count = len(metadata)
+        if offsets is None:
+            ends = [(t + 1) * (len(indices) // count) for t in range(count)]
+        else:
+            batch = (len(offsets) - 1) // count
+            ends = [int(offsets[(t + 1) * batch]) for t in range(count)]
+        padding = next(iter(self.tables.padding_rows), -1)
+        rows, start = indices.long(), 0
+        for (first, _, pad), end in zip(metadata.tolist(), ends, strict=True):
+            part = rows[start:end]
+            rows = torch.cat([
+                rows[:start], torch.where(part == pad, padding, part + first), rows[end:],
+            ])  # fmt: skip
+            start = end
+        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
+        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        return whole, rows, by_bag.contiguous()
+
+    def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
         chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
-        if self.sparse:
+        if sparse:
             return torch.sparse_coo_tensor(
                 at.unsqueeze(0), values, self.pool.shape, check_invariants=False
             )
@@ -594,16 +667,36 @@ class DynamicEmbeddingStore(nn.Module):
         self.num_nonfinite = int(nonfinite)
         self._lr.fill_(lr)
 
+    def is_first_visit(self, error_msgs: list[str]) -> bool:
+        """Say whether this call of `load_state_dict` comes here for the first time.
+
+        A store that several modules share is reached through each of them. A call is known by its
+        list of errors.
+        """
+        seen, self._loading = self._loading is error_msgs, error_msgs
+        return not seen
+
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Load a checkpoint of any budget, then come back to this store's own."""
+        if not self.is_first_visit(error_msgs):
+            return
         extra = state_dict.get(f"{prefix}_extra_state")
         own = self.target
         self._pending, self._placement = [], None
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
             self._take_plan(self._plan(int(extra[2])))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.target = own
         if self.plan.num_chunks != own and not self.header.is_meta:
             if self.num_resident > own:
