@@ -19,7 +19,7 @@ from mlkit.errors import InvalidValueError
 from mlkit_kernels.dynamic_embedding import IndexOutOfRange
 from mlkit_kernels.dynamic_embedding import op as kernels
 
-__all__ = ["lookup"]
+__all__ = ["check_offsets", "lookup"]
 
 _library = torch.library.Library("mlkit", "FRAGMENT")
 _BATCH = (
@@ -63,12 +63,12 @@ def _forward(
         raise IndexOutOfRange(repr(name), error.index, error.rows) from None
     except (RuntimeError, ValueError):
         names = ", ".join(store.tables.specs[t].name for t in tables)
-        _check_offsets(names, offsets, len(indices))
+        check_offsets(names, offsets, len(indices))
         raise
 
 
-def _check_offsets(names: str, offsets: Tensor | None, num_indices: int) -> None:
-    """Say what is wrong with the offsets of a lookup that failed."""
+def check_offsets(names: str, offsets: Tensor | None, num_indices: int) -> None:
+    """Raise if offsets do not begin with 0, decrease, or do not end with the number of indices."""
     if offsets is None or not len(offsets):
         return
     if int(offsets[0]) != 0:
