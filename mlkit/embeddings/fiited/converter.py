@@ -143,9 +143,7 @@ def split_budget(config: FIITEDConfig, sizes: Sequence[tuple[int, int]]) -> list
 
 def _kind(site: _Stock) -> _Kind:
     weight = site.weight
-    return _Kind(
-        site.embedding_dim, weight.dtype, weight.device, site.sparse, weight.requires_grad
-    )
+    return _Kind(site.embedding_dim, weight.dtype, weight.device, site.sparse, weight.requires_grad)
 
 
 def _module(store: DynamicEmbeddingStore, number: int, site: _Stock) -> nn.Module:
@@ -178,9 +176,7 @@ def _refusal(
     is_fresh = config.target_density != 1 and config.warm_start is None
     if not site.weight.requires_grad and is_fresh:
         return "it is frozen and would stay empty: warm_start='magnitude' keeps its largest chunks"
-    keeps_padding = isinstance(site, nn.Embedding) and site.padding_idx is not None
-    if keeps_padding and not site.weight.is_meta and not is_fresh:
-        assert site.padding_idx is not None
+    if isinstance(site, nn.Embedding) and site.padding_idx is not None and not site.weight.is_meta:
         if bool(site.weight[site.padding_idx].any()):
             return f"its row padding_idx={site.padding_idx} is not zeros, and would be"
     return None

@@ -72,9 +72,7 @@ def check_offsets(names: str, offsets: Tensor | None, num_indices: int) -> None:
     if offsets is None or not len(offsets):
         return
     if int(offsets[0]) != 0:
-        raise InvalidValueError(
-            f"offsets must begin with 0, got {int(offsets[0])} (table {names})"
-        )
+        raise InvalidValueError(f"offsets must begin with 0, got {int(offsets[0])} (table {names})")
     falls = (offsets.diff() < 0).nonzero()
     if len(falls) and (at := int(falls[0])) < len(offsets) - 2:
         raise InvalidValueError(
