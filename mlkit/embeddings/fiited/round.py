@@ -143,7 +143,7 @@ class Round:
             share = store.target / sum(self._size(t) for t in range(len(tables)))
             return [
                 _Group(
-                    store.tables.metadata(t),
+                    store.tables.metadata((t,)),
                     one[:1],
                     math.floor(share * self._size(t)),
                     int(store.resident(store.tables.rows_of(t)).sum()),

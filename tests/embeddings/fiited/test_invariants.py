@@ -75,7 +75,7 @@ def train(store: DynamicEmbeddingStore, rng: np.random.Generator, hot: int, size
     loss = torch.zeros(())
     for table, spec in enumerate(store.tables.specs):
         ids = (hot + np.minimum(rng.zipf(1.3, size), 1 << 20)) % spec.num_embeddings
-        out = lookup(store, torch.tensor(ids), table=table)
+        out = lookup(store, torch.tensor(ids), tables=[table])
         grad = rng.normal(size=out.shape) * np.exp(rng.normal(size=(1, out.shape[1])))
         loss = loss + (out * torch.tensor(grad, dtype=torch.float32)).sum()
     loss.backward()
@@ -179,8 +179,11 @@ class unchanged:
         store = self.store
         slots = store.placement.slots(torch.arange(store.tables.num_rows))
         resident = slots >= 0
-        return [resident, *(c[slots[resident]].clone() for c in store.columns()),
-                store.utilities(slice(0, store.tables.num_rows)).clone()]
+        return [
+            resident,
+            *(c[slots[resident]].clone() for c in store.columns()),
+            store.utilities(slice(0, store.tables.num_rows)).clone(),
+        ]
 
     def __enter__(self) -> None:
         self.before = self.content()
@@ -229,7 +232,11 @@ class PlacementMachine(RuleBasedStateMachine):
         self.header = torch.zeros(rows, layout.words(per_row), dtype=torch.int32)
         self.pool = torch.zeros(self.plan.num_slots, 1)
         self.placement = Placement(
-            self.header, layout, per_row, self.plan.num_slots, self.plan.page_slots,
+            self.header,
+            layout,
+            per_row,
+            self.plan.num_slots,
+            self.plan.page_slots,
             lambda: [self.pool],
         )
         self.wanted = np.zeros((rows, per_row), bool)
@@ -295,7 +302,9 @@ class PlacementMachine(RuleBasedStateMachine):
         slots = self.placement.slots(torch.arange(len(self.wanted)))
         np.testing.assert_array_equal((slots >= 0).numpy(), self.wanted)
         assert self.placement.num_resident == self.wanted.sum()
-        np.testing.assert_array_equal(self.pool[slots[slots >= 0], 0].numpy(), self.value[self.wanted])
+        np.testing.assert_array_equal(
+            self.pool[slots[slots >= 0], 0].numpy(), self.value[self.wanted]
+        )
         check_allocator(self.placement, slots)
 
 
@@ -316,8 +325,17 @@ def test_churn_in_a_tight_slab_pool_never_runs_out_of_pages(per_row: int) -> Non
 
 def test_regrowth_after_a_change_of_the_stream() -> None:
     """The new hot set is resident within two rounds, and outputs do not jump when it comes."""
-    config = FIITEDConfig(target_density=0.25, optimizer="adagrad", lr=0.1, eps=1e-3, schedule="fixed",
-                          prune_every=10, decay=0.1, trigger=0.0, normalize="none")
+    config = FIITEDConfig(
+        target_density=0.25,
+        optimizer="adagrad",
+        lr=0.1,
+        eps=1e-3,
+        schedule="fixed",
+        prune_every=10,
+        decay=0.1,
+        trigger=0.0,
+        normalize="none",
+    )
     store = DynamicEmbeddingStore([TableSpec("t", 80)], 16, config)
     generator = torch.Generator().manual_seed(0)
     every = torch.arange(80)
@@ -325,7 +343,7 @@ def test_regrowth_after_a_change_of_the_stream() -> None:
     def step(low: int) -> Tensor:
         ids = torch.randint(low, low + 15, (60,), generator=generator)
         before = store.read(every)
-        out = lookup(store, ids, table=0)
+        out = lookup(store, ids, tables=[0])
         (out * torch.randn(out.shape, generator=generator)).sum().backward()
         return before
 
@@ -346,10 +364,21 @@ def test_regrowth_after_a_change_of_the_stream() -> None:
 
 
 @QUICK
-@given(seed=st.integers(0, 999), per_row=st.integers(1, 8), prefix=st.booleans(), h=st.sampled_from([0.0, 0.2]))
+@given(
+    seed=st.integers(0, 999),
+    per_row=st.integers(1, 8),
+    prefix=st.booleans(),
+    h=st.sampled_from([0.0, 0.2]),
+)
 def test_a_round_selects_what_topk_selects(seed: int, per_row: int, prefix: bool, h: float) -> None:
-    config = FIITEDConfig(target_density=0.3, num_chunks=per_row, hysteresis=h, normalize="none",
-                          prefix=prefix, optimizer="sgd")
+    config = FIITEDConfig(
+        target_density=0.3,
+        num_chunks=per_row,
+        hysteresis=h,
+        normalize="none",
+        prefix=prefix,
+        optimizer="sgd",
+    )
     store = DynamicEmbeddingStore(SPECS, per_row, config)
     rows, every = torch.arange(store.tables.num_rows), slice(0, store.tables.num_rows)
     generator = torch.Generator().manual_seed(seed)
@@ -392,8 +421,14 @@ def test_itep_rounds_by_hand() -> None:
 @pytest.mark.parametrize("decay", [1e-3, 1e-10, 1e-30])
 @pytest.mark.parametrize("utility_dtype", ["float32", "uint8"])
 def test_a_steep_decay_leaves_finite_utilities(decay: float, utility_dtype: Any) -> None:
-    config = FIITEDConfig(target_density=0.3, optimizer="sgd", decay=decay, prune_every=4,
-                          schedule="fixed", utility_dtype=utility_dtype)
+    config = FIITEDConfig(
+        target_density=0.3,
+        optimizer="sgd",
+        decay=decay,
+        prune_every=4,
+        schedule="fixed",
+        utility_dtype=utility_dtype,
+    )
     store = DynamicEmbeddingStore(SPECS, 8, config)
     rng = np.random.default_rng(0)
     for _ in range(20):
