@@ -626,7 +626,12 @@ def test_compiles_for_gpus_that_are_not_here(monkeypatch, tmp_path):
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles(capability, monkeypatch, tmp_path):
-    from mlkit_kernels.dynamic_embedding import triton, triton_selection, triton_update
+    from mlkit_kernels.dynamic_embedding import (
+        triton,
+        triton_reads,
+        triton_selection,
+        triton_update,
+    )
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     whole = {**TILE, "CHUNKS": 1, "WIDTH": 64, "BLOCK_K": 1, "BLOCK_C": 64}
@@ -634,7 +639,7 @@ def test_every_kernel_compiles(capability, monkeypatch, tmp_path):
     build(triton_update.reduce_kernel, sums, capability, bags=WORD)
     built = [
         (triton._forward_kernel, {**TILE, **CHUNK, **READS, "BLOCK_B": 4}),
-        (triton._locate_kernel, {**READS, "BLOCK_B": 64, "BLOCK_P": 8}),
+        (triton_reads.locate_kernel, {**READS, "BLOCK_B": 64, "BLOCK_P": 8}),
     ]
     for number, layout in ((4, CHUNK), (1, SLAB)):
         score = {**ROWS, **layout, "UTILITY": 9, "BYTES": number, "PREFIX": number == 1}
