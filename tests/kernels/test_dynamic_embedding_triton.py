@@ -105,9 +105,7 @@ def store(
         first += size + number
     rows = first
     how = HeaderLayout(int(layout == "slab"), int(wide), int(row_state), utility_bytes)
-    words = how.words(chunks)
-    # the reference reads wide addresses only from rows of an even number of words
-    header = torch.zeros(rows, words + words % 2, dtype=torch.int32)
+    header = torch.zeros(rows, how.words(chunks), dtype=torch.int32)
     resident = torch.rand(rows, chunks, generator=g) < density
     for start, _, pad in tables:
         if pad >= 0:

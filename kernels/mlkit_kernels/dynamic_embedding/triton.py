@@ -51,9 +51,17 @@ from mlkit_kernels.dynamic_embedding.triton_reads import (
     sort_reads,
     table_of,
 )
+from mlkit_kernels.dynamic_embedding.triton_selection import candidates_triton, histogram_triton
 from mlkit_kernels.dynamic_embedding.triton_update import reduce_kernel, update_kernel
 
-__all__ = ["apply_triton", "backward_triton", "forward_triton", "reduce_triton"]
+__all__ = [
+    "apply_triton",
+    "backward_triton",
+    "candidates_triton",
+    "forward_triton",
+    "histogram_triton",
+    "reduce_triton",
+]
 
 _TILE = 2048
 """Numbers that a program holds at once, unless one row has more."""
