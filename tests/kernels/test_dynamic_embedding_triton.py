@@ -518,7 +518,7 @@ class TestSelection:
         import mlkit_kernels.dynamic_embedding.triton_selection as kernels
 
         # the reference's exp2 has another last bit in a vector than in what is left over of one
-        codes = kernels.levels(-10, torch.device("cpu"))
+        codes = kernels.levels(-10, torch.device(device)).cpu()
         monkeypatch.setattr(selection, "decode", lambda code, _: codes[code.long()])
         choose = random.Random(seed).choice
         monkeypatch.setattr(kernels, "_TILE", choose([64, 256, 1024]))
