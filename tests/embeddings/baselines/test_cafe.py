@@ -289,7 +289,7 @@ def test_two_ranks_decide_alike():
         ({"threshold": 0.0}, "threshold must be above 0"),
         ({"decay": 0.0}, "decay must be in"),
         ({"decay": 1.1}, "decay must be in"),
-        ({"decay_every": 0}, "decay_every must be an integer of at least 1, got 0"),
+        ({"decay_every": 0}, "decay_every must be at least 1, got 0"),
         ({"rows": 1 << 31}, "less than 2\\^31"),
         ({"budget": 10}, "too small for a CAFE table of dimension 4: the minimum is 120 bytes"),
     ],
