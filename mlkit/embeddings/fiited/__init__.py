@@ -1,0 +1,1 @@
+"""FIITED: embedding tables whose vectors grow and shrink while they train."""

@@ -1,0 +1,224 @@
+"""A pruning round: the least useful chunks lose their storage to more useful ones."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mlkit.embeddings.fiited.initial import initial_values
+from mlkit.embeddings.fiited.placement import masks_of
+from mlkit_kernels.dynamic_embedding import Candidates, kth_largest, percentile
+from mlkit_kernels.dynamic_embedding import op as kernels
+
+if TYPE_CHECKING:
+    from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
+
+__all__ = ["Round", "RoundStats"]
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = 1000  # steps before which much churn is expected
+_MUCH_CHURN = 0.1
+
+
+@dataclass(frozen=True)
+class RoundStats:
+    """What a round did.
+
+    Args:
+        step: After which step of training.
+        threshold: Score above which chunks belong into the pool; of the first group where each
+            table has its own.
+        evicted: Chunks that lost their storage.
+        admitted: Chunks that got some.
+        resident: Chunks that have storage now.
+        target: Chunks that may have it.
+        misplaced: Share of `target` that was on the wrong side of the threshold.
+    """
+
+    step: int
+    threshold: float
+    evicted: int
+    admitted: int
+    resident: int
+    target: int
+    misplaced: float
+
+    @property
+    def churn(self) -> float:
+        """Evicted chunks as a share of the target."""
+        return self.evicted / self.target
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tables that compete for a number of chunks."""
+
+    tables: Tensor
+    inverse: Tensor
+    target: int
+    resident: int
+
+
+class Round:
+    """Decides, and carries out.
+
+    1. Score the chunks: utilities, divided by a percentile of their table's where `normalize` says.
+    2. The threshold is the score of the last chunk that fits, found exactly (`kth_largest`).
+    3. Residents below it by the hysteresis may be evicted, others above it by the hysteresis
+       admitted, best first, as many as there is room for; where the target was lowered, the lowest
+       residents go whatever the hysteresis says.
+    """
+
+    def __init__(self, store: DynamicEmbeddingStore) -> None:
+        self._store = store
+        self._config = store.config
+
+    @torch.no_grad()
+    def run(self, *, force: bool = False) -> RoundStats | None:
+        """Carry the round out; None if the trigger's share of chunks is not reached."""
+        store = self._store
+        if self._config.utility == "l2":
+            self._measure_norms()
+        store.average_utilities()
+        evict, admit, thresholds, misplaced = [], [], [], 0
+        for group in self._groups():
+            threshold = self._threshold(group)
+            found = self._candidates(group, threshold, threshold)
+            misplaced += len(found.evict) + len(found.admit)
+            out, new = self._choose(group, threshold, found)
+            evict.append(out)
+            admit.append(new)
+            thresholds.append(threshold)
+        share = misplaced / store.target
+        if share < self._config.trigger and store.num_resident <= store.target and not force:
+            return None
+        evicted, admitted = torch.cat(evict), torch.cat(admit)
+        self._apply(evicted, admitted)
+        store.placement.tidy(store.plan.most_free_units)
+        stats = RoundStats(
+            step=store.steps,
+            threshold=thresholds[0],
+            evicted=len(evicted),
+            admitted=len(admitted),
+            resident=store.num_resident,
+            target=store.target,
+            misplaced=share,
+        )
+        if store.steps >= _WARM_UP and stats.churn > _MUCH_CHURN:
+            logger.warning(
+                "step %d: %.0f %% of the chunks changed hands in a round; a larger hysteresis "
+                "(now %s) or a slower decay (now %s) would keep more of what they learned",
+                store.steps, 100 * stats.churn, self._config.hysteresis, self._config.decay,
+            )  # fmt: skip
+        return stats
+
+    def _measure_norms(self) -> None:
+        """Utility "l2": the norms of the values."""
+        store = self._store
+        stored = store.layout.utilities(store.header, self._config.num_chunks)
+        for start in range(0, len(stored), 1 << 16):
+            rows = torch.arange(start, min(start + (1 << 16), len(stored)), device=stored.device)
+            chunks = store.read(rows).float().view(len(rows), self._config.num_chunks, -1)
+            store.put_utilities(rows, torch.linalg.vector_norm(chunks, dim=2))
+
+    def _groups(self) -> list[_Group]:
+        store = self._store
+        tables = store.tables.metadata()
+        one = torch.ones(len(tables))
+        if self._config.normalize == "per_table":
+            share = store.target / sum(self._size(t) for t in range(len(tables)))
+            return [
+                _Group(
+                    store.tables.metadata(t),
+                    one[:1],
+                    math.floor(share * self._size(t)),
+                    int(store.resident(store.tables.rows_of(t)).sum()),
+                )
+                for t in range(len(tables))
+            ]
+        inverse = one
+        if self._config.normalize == "p95":
+            counts = self._histogram(_Group(tables, one, 0, 0), within=-1)
+            scales = [percentile(row, 0.95) for row in counts]
+            inverse = torch.tensor([1 / s if s > 0 else 1.0 for s in scales])
+        return [_Group(tables, inverse, store.target, store.num_resident)]
+
+    def _size(self, table: int) -> int:
+        spec = self._store.tables.specs[table]
+        return (spec.num_embeddings - (spec.padding_idx is not None)) * self._config.num_chunks
+
+    def _histogram(self, group: _Group, within: int, *, resident_only: bool = False) -> Tensor:
+        store = self._store
+        return kernels.histogram(
+            store.header, group.tables, store.layout, self._config.num_chunks, group.inverse,
+            store.exponent, self._config.prefix, resident_only, within,
+        )  # fmt: skip
+
+    def _threshold(self, group: _Group, *, resident_only: bool = False, count: int = -1) -> float:
+        """Return the `count`-th largest positive score, or 0 if there are not so many."""
+        count = group.target if count < 0 else count
+        upper = self._histogram(group, -1, resident_only=resident_only).sum(0)
+        if int(upper.sum()) < count or count == 0:
+            return 0.0 if count else math.inf
+        high, above = kth_largest(upper, count)
+        lower = self._histogram(group, high, resident_only=resident_only).sum(0)
+        low, _ = kth_largest(lower, count - above)
+        return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
+
+    def _candidates(self, group: _Group, low: float, high: float) -> Candidates:
+        store = self._store
+        return kernels.candidates(
+            store.header, group.tables, store.layout, self._config.num_chunks, group.inverse,
+            low, high, store.exponent, self._config.prefix,
+        )  # fmt: skip
+
+    def _choose(self, group: _Group, threshold: float, found: Candidates) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the chunks to evict and of those to admit."""
+        h = self._config.hysteresis
+        low = torch.tensor(threshold * (1 - h), dtype=torch.float32)
+        high = torch.tensor(threshold * (1 + h), dtype=torch.float32)
+        leaving = found.evict_scores < low
+        evict, evict_scores = found.evict[leaving], found.evict_scores[leaving]
+        coming = found.admit_scores > high
+        admit, admit_scores = found.admit[coming], found.admit_scores[coming]
+        room = group.target - group.resident
+        num_new = max(0, min(len(admit), room + len(evict)))
+        num_out = max(0, num_new - room)
+        if num_out > len(evict):
+            evict, evict_scores = self._lowest(group, num_out)
+        # Best first, lower number first; worst first, higher number first: with `prefix` a row's
+        # later chunk never stays without an earlier one.
+        best = torch.sort(admit_scores, descending=True, stable=True).indices[:num_new]
+        worst = torch.sort(evict_scores.flip(0), stable=True).indices[:num_out]
+        return evict.flip(0)[worst], admit[best]
+
+    def _lowest(self, group: _Group, count: int) -> tuple[Tensor, Tensor]:
+        """Return at least the `count` residents with the lowest scores."""
+        keep = group.resident - count
+        limit = self._threshold(group, resident_only=True, count=keep)
+        bound = float(torch.nextafter(torch.tensor(limit), torch.tensor(math.inf)))
+        found = self._candidates(group, bound, math.inf)
+        return found.evict, found.evict_scores
+
+    def _apply(self, evict: Tensor, admit: Tensor) -> None:
+        store, per_row = self._store, self._config.num_chunks
+        rows = torch.unique(torch.cat([evict, admit]) // per_row)
+        if not len(rows):
+            return
+        resident = store.placement.slots(rows) >= 0
+        for numbers, value in ((evict, False), (admit, True)):
+            place = torch.searchsorted(rows, numbers // per_row)
+            resident[place, numbers % per_row] = value
+        store.placement.set_masks(rows, masks_of(resident))
+        if self._config.admission == "init" and len(admit):
+            row, chunk = admit // per_row, admit % per_row
+            values = initial_values(self._config, store.tables, row, store.embedding_dim)
+            values = values.view(len(row), per_row, -1)[torch.arange(len(row)), chunk]
+            at = store.placement.slots(row)[torch.arange(len(row)), chunk]
+            store.pool.detach()[at] = values.to(store.pool.dtype)

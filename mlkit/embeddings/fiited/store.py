@@ -1,0 +1,633 @@
+"""Virtually hashed, physically indexed storage: tables of one dimension over one pool of chunks.
+
+A store holds what its tables share: the headers of all rows, the pool, the states of a fused
+optimizer, the clock of the decay. `DynamicEmbedding` and its relatives look up through it; after
+each step of training `step()` gives rows that were seen for the first time their storage and, when
+the schedule says so, lets a round decide anew which chunks keep theirs (`round.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mlkit.embeddings.fiited.budget import Plan, plan
+from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.initial import initial_values
+from mlkit.embeddings.fiited.placement import Placement
+from mlkit.embeddings.fiited.round import Round, RoundStats
+from mlkit.embeddings.fiited.tables import Tables, TableSpec
+from mlkit.embeddings.memory import MemoryReport
+from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
+from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
+from mlkit_kernels.dynamic_embedding import op as kernels
+from mlkit_kernels.dynamic_embedding.header import decode, encode
+
+__all__ = ["DynamicEmbeddingStore", "store_of"]
+
+_LARGEST_SCALE = 1e12
+_FILL_BLOCK = 1 << 16
+_FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
+
+_handles = itertools.count(1)
+_stores: weakref.WeakValueDictionary[int, DynamicEmbeddingStore] = weakref.WeakValueDictionary()
+
+
+def store_of(handle: int) -> DynamicEmbeddingStore:
+    """Return the store with this `handle`."""
+    store = _stores.get(handle)
+    if store is None:
+        raise RunError(f"the store of the lookup (handle {handle}) is gone: keep its module alive")
+    return store
+
+
+class DynamicEmbeddingStore(nn.Module):
+    """Header, pool and optimizer state of tables of one dimension.
+
+    Args:
+        tables: The tables, in the order of their numbers.
+        embedding_dim: D.
+        config: Budget, schedule, optimizer.
+        sparse: Whether an unfused backward gives the pool a sparse gradient.
+        device: Of everything; `meta` builds the structure alone, then `to_empty` and
+            `reset_parameters` or a checkpoint make it real.
+        dtype: Of the weights: float32, bfloat16, or float64 for checks of gradients.
+
+    Attributes:
+        pool: [slots, C]. A parameter that an unfused optimizer trains.
+        header: int32 [rows, words], see `mlkit_kernels.dynamic_embedding.header`.
+        budget: Chunks that may be resident once a ramp has ended.
+        target: Chunks that may be resident now.
+        steps: Calls of `step()`.
+        num_nonfinite: Rows whose gradient held a NaN or an infinity so far.
+        rounds: Statistics of the rounds so far, the last 1000.
+
+    Raises:
+        InvalidValueError: For a budget below the headers, or K that does not divide D.
+    """
+
+    pool: nn.Parameter
+    header: Tensor
+
+    def __init__(
+        self,
+        tables: Sequence[TableSpec],
+        embedding_dim: int,
+        config: FIITEDConfig,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise InvalidTypeError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
+        self.tables = Tables(tables)
+        self.embedding_dim = embedding_dim
+        self.config = config
+        self.sparse = sparse
+        self.plan = self._plan(None)
+        self.budget = self.target = self.plan.num_chunks
+        if config.ramp is not None:
+            self.target = self.ramp_target(0)
+            self.plan = self._plan(self.target)
+        self.layout = self._layout(self.plan)
+        slots, width = self.plan.num_slots, embedding_dim // config.num_chunks
+        factory: dict[str, Any] = {"device": device}
+        words = self.layout.words(config.num_chunks)
+        header = torch.zeros(self.tables.num_rows, words, dtype=torch.int32, **factory)
+        self.register_buffer("header", header)
+        pool = torch.zeros(slots, width, dtype=dtype, **factory)
+        self.pool = nn.Parameter(pool, requires_grad=config.optimizer is None)
+        for name, shape in self._state_shapes(slots, width).items():
+            self.register_buffer(name, torch.zeros(shape, **factory))
+        if config.optimizer is not None:
+            # What the graph hangs on where the pool has no gradient; it stays zero.
+            self.anchor = nn.Parameter(torch.zeros(1, **factory))
+        self.process_group: Any = "auto"
+        self._start()
+        if not pool.is_meta:
+            self.reset_parameters()
+
+    # ------------------------------------------------------------------ structure
+
+    def _plan(self, chunks: int | None) -> Plan:
+        return plan(
+            self.config,
+            self.tables.num_rows,
+            self.embedding_dim,
+            element_size=4,
+            padding_rows=len(self.tables.padding_rows),
+            chunks=chunks,
+        )
+
+    def _layout(self, of: Plan) -> HeaderLayout:
+        return HeaderLayout.of(
+            self.config.layout,
+            num_chunks=self.config.num_chunks,
+            num_slots=of.num_slots,
+            row_state=self.config.optimizer == "rowwise_adagrad",
+            utility_bytes=4 if self.config.utility_dtype == "float32" else 1,
+        )
+
+    def _state_shapes(self, slots: int, width: int) -> dict[str, tuple[int, ...]]:
+        if self.config.optimizer == "adagrad":
+            return {"sum": (slots, width)}
+        if self.config.optimizer == "adam":
+            return {"exp_avg": (slots, width), "exp_avg_sq": (slots, width), "step_count": (slots,)}
+        return {}
+
+    def _start(self) -> None:
+        self.steps = 0
+        self.num_nonfinite = 0
+        self.rounds: list[RoundStats] = []
+        self._log_scale = 0.0
+        self._exponent = _FIRST_EXPONENT
+        self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
+        self._pending: list[RowGradients] = []
+        self._optimizers: list[Any] = []
+        self._placement: Placement | None = None
+
+    def reset_parameters(self) -> None:
+        """Empty all rows; at density 1 fill them with their initial values."""
+        optimizers = self._optimizers
+        self._start()
+        self._optimizers = optimizers
+        with torch.no_grad():
+            for tensor in (self.header, self.pool, *self.states):
+                tensor.zero_()
+            addresses = self.layout.addresses(self.header, self.config.num_chunks)
+            addresses.fill_(0 if self.layout.slab else -1)
+            if self.config.optimizer is not None:
+                self.anchor.zero_()
+            if self.target == self._most:
+                self._fill()
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Make every row but padding resident in full, with its initial values."""
+        per_row = self.config.num_chunks
+        full = (1 << per_row) - 1
+        padding = set(self.tables.padding_rows)
+        for start in range(0, self.tables.num_rows, _FILL_BLOCK):
+            stop = min(start + _FILL_BLOCK, self.tables.num_rows)
+            rows = torch.arange(start, stop, device=self.header.device)
+            for row in padding:
+                rows = rows[rows != row]
+            self.placement.set_masks(rows, torch.full_like(rows, full))
+            self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
+
+    @property
+    def states(self) -> list[Tensor]:
+        """States of a fused optimizer that are indexed by slot."""
+        slots, width = self.pool.shape
+        return [getattr(self, name) for name in self._state_shapes(slots, width)]
+
+    @property
+    def placement(self) -> Placement:
+        """Where the chunks are; made from the header when it is first needed, or after a load."""
+        if self._placement is None:
+            self._placement = Placement(
+                self.header,
+                self.layout,
+                self.config.num_chunks,
+                len(self.pool),
+                self.plan.page_slots,
+                self.columns,
+            )
+        return self._placement
+
+    def columns(self) -> list[Tensor]:
+        """Everything that is indexed by slot: the pool, and states of any optimizer."""
+        found = [self.pool.detach(), *self.states]
+        for state in self._unfused_states():
+            found += [v for v in state.values() if self._is_column(v)]
+        return found
+
+    def _unfused_states(self) -> list[dict[str, Any]]:
+        return [o.state[self.pool] for o in self._optimizers if self.pool in o.state]
+
+    def _is_column(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.pool)
+
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the states of an optimizer of the pool with their chunks, and step after it.
+
+        States whose first dimension is the pool's are moved with the chunks and zeroed where a slot
+        is used anew; `step()` runs after each `optimizer.step()`.
+
+        Raises:
+            InvalidValueError: If the optimizer does not train the pool.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if id(self.pool) not in held:
+            raise InvalidValueError(
+                f"{type(optimizer).__name__} does not train the pool of "
+                f"{', '.join(s.name for s in self.tables.specs[:3])}: give it model.parameters(), "
+                "or use a fused optimizer (FIITEDConfig(optimizer=...))"
+            )
+        self._optimizers.append(optimizer)
+        reference = weakref.ref(self)
+
+        def after(*_: Any) -> None:
+            store = reference()
+            if store is not None:
+                store.step()
+
+        optimizer.register_step_post_hook(after)
+
+    @property
+    def handle(self) -> int:
+        """A number by which the lookup op finds this store in its process."""
+        found = self.__dict__.get("_handle")
+        if found is None:
+            found = self.__dict__["_handle"] = next(_handles)
+            _stores[found] = self
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a handle, free lists and optimizers of its own.
+        state = self.__dict__.copy()
+        state.pop("_handle", None)
+        return {**state, "_placement": None, "_optimizers": [], "_pending": []}
+
+    # -------------------------------------------------------------------- values
+
+    @property
+    def _most(self) -> int:
+        rows = self.tables.num_rows - len(self.tables.padding_rows)
+        return rows * self.config.num_chunks
+
+    @property
+    def _all(self) -> int:
+        return self.tables.num_rows * self.config.num_chunks
+
+    def density_of(self, chunks: int) -> float:
+        """Fraction of all chunks."""
+        return chunks / self._all
+
+    @property
+    def num_resident(self) -> int:
+        """Chunks that have storage now."""
+        return self.placement.num_resident
+
+    def ramp_target(self, step: int) -> int:
+        """Return how many chunks may be resident at a step."""
+        final = self.density_of(self.budget)
+        density = self.config.ramp_density(step, final)
+        return self.budget if density <= final else min(round(density * self._all), self._most)
+
+    @property
+    def density(self) -> float:
+        """Fraction of all chunks that have storage now."""
+        return self.density_of(self.num_resident)
+
+    def dims(self, table: int) -> Int[Tensor, " rows"]:
+        """Return the present dimension of every row of a table."""
+        resident = self.resident(self.tables.rows_of(table)).sum(1)
+        return resident * (self.embedding_dim // self.config.num_chunks)
+
+    def resident(self, rows: slice) -> Tensor:
+        """Say which chunks of rows of the header have storage, bool [rows, K]."""
+        addresses = self.layout.addresses(self.header[rows], self.config.num_chunks)
+        return self.layout.slots(addresses, self.config.num_chunks) >= 0
+
+    def utilities(self, rows: slice) -> Float[Tensor, "rows chunks"]:
+        """Return the utilities of rows of the header, decayed up to now, float32."""
+        found = self.layout.utilities(self.header[rows], self.config.num_chunks)
+        if self.layout.utility_bytes == 1:
+            found = decode(found, self._exponent)
+        return found * math.exp(-self._log_scale)
+
+    @property
+    def exponent(self) -> int:
+        """Of one-byte utilities, as they are stored."""
+        return self._exponent
+
+    @torch.no_grad()
+    def put_utilities(self, rows: Tensor, values: Float[Tensor, "rows chunks"]) -> None:
+        """Set the utilities of rows of the header, as of now."""
+        values = values * math.exp(self._log_scale)
+        if self.layout.utility_bytes == 1:
+            per_row = self.config.num_chunks
+            number = rows.unsqueeze(1) * per_row + torch.arange(per_row, device=rows.device)
+            values = encode(values, number, self.steps, self._exponent)
+        self.layout.utilities(self.header, self.config.num_chunks)[rows] = values
+
+    def average_utilities(self) -> None:
+        """Make the utilities of all ranks equal, where each saw gradients of its own."""
+        from mlkit.embeddings.fiited.distributed import average
+
+        group = self.group()
+        if group is not None and self.config.optimizer is None:
+            average(self, group)
+
+    @torch.no_grad()
+    def write(self, rows: Int[Tensor, " rows"], values: Float[Tensor, "rows dim"]) -> None:
+        """Set the resident chunks of rows of the header; what is not resident is left out."""
+        slots = self.placement.slots(rows)
+        resident = slots >= 0
+        chunks = values.view(len(rows), self.config.num_chunks, -1)
+        self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
+
+    @torch.no_grad()
+    def read(self, rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows dim"]:
+        """Return rows of the header, with zeros where a chunk is not resident."""
+        slots = self.placement.slots(rows)
+        values = self.pool.detach()[slots.clamp_min(0)]
+        return torch.where((slots >= 0).unsqueeze(-1), values, 0).flatten(1)
+
+    def memory_report(self) -> MemoryReport:
+        """Return the bytes of everything that is held now, headers included."""
+        words = 4 * self.tables.num_rows
+        row_state = words * self.layout.row_state
+        unfused = [v for s in self._unfused_states() for v in s.values() if self._is_column(v)]
+        return MemoryReport(
+            weight_bytes=self.pool.nbytes,
+            optimizer_bytes=sum(t.nbytes for t in (*self.states, *unfused)) + row_state,
+            header_bytes=self.header.nbytes - row_state,
+            allocator_bytes=self.placement.nbytes,
+            other_bytes=0,
+            dense_bytes=self.plan.dense_bytes,
+            dense_weight_bytes=self.plan.dense_weight_bytes,
+        )
+
+    # ------------------------------------------------------------------ training
+
+    def update(self) -> Update:
+        """Return what a backward pass of this step does."""
+        config = self.config
+        counted = self.steps % config.utility_every == 0
+        return Update(
+            optimizer=config.optimizer or "none",
+            lr=float(self._lr),
+            eps=config.eps,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            utility=config.utility if counted and config.utility != "l2" else "none",
+            scale=math.exp(self._log_scale),
+            exponent=self._exponent,
+            seed=(config.seed << 20) + self.steps,
+            keep_new=self.num_resident < self.target,
+        )
+
+    @torch.no_grad()
+    def backward(
+        self,
+        table: int | None,
+        indices: Tensor,
+        offsets: Tensor | None,
+        bag_size: int,
+        weights: Tensor | None,
+        grad: Tensor,
+        mode: str,
+    ) -> Tensor | None:
+        """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
+
+        Args:
+            table: Number of the table, or None for all of them at once.
+            indices: As in the lookup, and so on.
+            offsets: See the kernels.
+            bag_size: See the kernels.
+            weights: See the kernels.
+            grad: Of the lookup's output.
+            mode: "sum" or "mean".
+
+        Returns:
+            The gradient of the pool, dense or sparse; None in fused mode.
+        """
+        from mlkit.embeddings.fiited.distributed import gather_gradients
+
+        metadata, per_row = self.tables.metadata(table), self.config.num_chunks
+        update = self.update()
+        bags = (metadata, indices, offsets, bag_size, weights, grad.contiguous(), mode)
+        fused = self.config.optimizer is not None
+        group = self.group()
+        if fused and group is None:
+            touched = kernels.backward(
+                self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
+                indices, offsets, bag_size, weights, grad.contiguous(), mode, update,
+            )  # fmt: skip
+        else:
+            gradients = kernels.reduce(*bags)
+            if fused:
+                gradients = gather_gradients(gradients, group)
+            touched = kernels.apply(
+                self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
+                update,
+            )  # fmt: skip
+        self.num_nonfinite += touched.num_nonfinite
+        if len(touched.new.rows):
+            self._pending.append(touched.new)
+        return None if fused else self._pool_gradient(gradients)
+
+    def _pool_gradient(self, gradients: RowGradients) -> Tensor:
+        slots = self.placement.slots(gradients.rows)
+        resident = slots >= 0
+        chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
+        at, values = slots[resident], chunks.to(self.pool.dtype)
+        if self.sparse:
+            return torch.sparse_coo_tensor(
+                at.unsqueeze(0), values, self.pool.shape, check_invariants=False
+            )
+        return torch.zeros_like(self.pool).index_copy_(0, at, values)
+
+    @torch.no_grad()
+    def step(self) -> RoundStats | None:
+        """End a step of training: storage for new rows, the clock, and a round if one is due.
+
+        Called by the optimizer's hook (`register_optimizer`, `FusedEmbeddingOptimizer`) or by the
+        callback `EmbeddingBudget`; call it after `optimizer.step()` in a loop of your own.
+
+        Returns:
+            What the round did, or None if there was none.
+        """
+        self._admit_new()
+        self.steps += 1
+        self._log_scale -= math.log(self.config.decay_per_step)
+        if self.config.is_round(self.steps):
+            return self.prune_now()
+        return None
+
+    def _admit_new(self) -> None:
+        """Give rows that were seen for the first time a place, as long as there is one."""
+        from mlkit.embeddings.fiited.distributed import gather_new_rows
+
+        pending, self._pending = self._pending, []
+        new = gather_new_rows(pending, self.group(), self.config.optimizer is not None, self)
+        free = self.target - self.num_resident
+        if new is None or free <= 0:
+            return
+        rows, counts, grads = new
+        per_row = self.config.num_chunks
+        rows = rows[: -(-free // per_row)]
+        size = (free - per_row * torch.arange(len(rows), device=rows.device)).clamp_max(per_row)
+        self.placement.set_masks(rows, (1 << size) - 1)
+        self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
+        if self.config.optimizer is None:
+            return
+        # The first gradient of a row was kept for this moment; its utility counts already.
+        first = RowGradients(rows, counts[: len(rows)], grads[: len(rows)])
+        if self.config.optimizer == "rowwise_adagrad":
+            self.layout.state(self.header, per_row)[rows] = 0  # it was added without a chunk
+        update = self.update()._replace(utility="none", keep_new=False)
+        kernels.apply(
+            self.header, self.pool.detach(), self.states, self.layout, per_row, first, update
+        )
+
+    def prune_now(self, *, force: bool = False) -> RoundStats | None:
+        """Run a pruning round now.
+
+        Args:
+            force: Whatever the trigger says.
+
+        Returns:
+            What it did; None if the trigger said that it does not pay.
+        """
+        target = self.ramp_target(self.steps)
+        lowered = target < self.target
+        self.target = target
+        stats = Round(self).run(force=force or lowered)
+        if lowered:
+            self._repack(self._plan(target))
+        self._recentre()
+        if stats is not None:
+            self.rounds = [*self.rounds[-999:], stats]
+        return stats
+
+    def _recentre(self) -> None:
+        """Fold the decay's scale into the utilities before it grows too large."""
+        stored = self.layout.utilities(self.header, self.config.num_chunks)
+        if self.layout.utility_bytes == 4:
+            if self._log_scale > math.log(_LARGEST_SCALE):
+                stored.mul_(math.exp(-self._log_scale))
+                self._log_scale = 0.0
+            return
+        octaves = math.floor(self._log_scale / math.log(2))
+        if octaves >= 4:
+            shift = 8 * octaves
+            for block in stored.split(_FILL_BLOCK):
+                block.copy_(torch.where(block > shift, block - shift, (block > 0).to(block.dtype)))
+            self._log_scale -= octaves * math.log(2)
+
+    # -------------------------------------------------------------------- budget
+
+    def resize(self, chunks: int) -> None:
+        """Let `chunks` chunks be resident from now on.
+
+        Shrinking runs a round to the new target, then moves what is left into a smaller pool;
+        growing moves all into a larger one. Both hold the old and the new pool for a moment. DDP
+        with an unfused optimizer must be wrapped again, as the pool's shape changes.
+
+        Raises:
+            InvalidValueError: For no chunk, or more than there are.
+        """
+        if not 1 <= chunks <= self._most:
+            raise InvalidValueError(
+                f"{self.tables.specs[0].name}: the number of chunks must be in 1..{self._most}, "
+                f"got {chunks}"
+            )
+        self.budget, self.config = chunks, replace(self.config, ramp=None, ramp_from=None)
+        self.target = chunks
+        if self.num_resident > chunks:
+            self.prune_now(force=True)
+        self._repack(self._plan(chunks))
+
+    @torch.no_grad()
+    def _repack(self, new: Plan) -> None:
+        if self._layout(new) != self.layout:
+            raise RunError(
+                f"{new.num_slots} slots need addresses of another width than the header has: make "
+                "a new store and load a checkpoint of this one"
+            )
+        columns = self.columns()
+        made = [c.new_zeros(new.num_slots, *c.shape[1:]) for c in columns]
+
+        def copy(old: Tensor, at: Tensor) -> None:
+            for column, target in zip(columns, made, strict=True):
+                target[at] = column[old]
+
+        self.placement.repack(copy, new.page_slots)
+        replaced = dict(zip(map(_address, columns), made, strict=True))
+        for state in self._unfused_states():
+            for key, value in state.items():
+                if self._is_column(value):
+                    state[key] = replaced[_address(value)]
+        for name, value in zip(self._state_shapes(1, 1), made[1:], strict=False):
+            setattr(self, name, value)
+        self.pool.data, self.pool.grad = made[0], None
+        self.plan, self._placement = new, None
+
+    def retarget(self, density: float) -> None:
+        """`resize` to a density of all chunks, in (0, 1]."""
+        if not 0 < density <= 1:
+            raise InvalidValueError(f"target_density must be in (0, 1], got {density}")
+        self.resize(max(1, min(round(density * self._all), self._most)))
+
+    def group(self) -> Any:
+        """Return the process group whose ranks must decide alike, or None."""
+        from mlkit.embeddings.fiited.distributed import resolve_group
+
+        return resolve_group(self.process_group)
+
+    # --------------------------------------------------------------- checkpoints
+
+    def get_extra_state(self) -> Tensor:
+        """Return the clock as a tensor, so that every kind of checkpoint holds it."""
+        counts = [self.steps, self.num_nonfinite, self.plan.num_chunks]
+        values = [*counts, self._log_scale, self._exponent, float(self._lr)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the clock of a checkpoint; the target stays this store's own."""
+        steps, nonfinite, _, log_scale, exponent, lr = state.tolist()
+        self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
+        self.num_nonfinite = int(nonfinite)
+        self._lr.fill_(lr)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load a checkpoint of any budget, then come back to this store's own."""
+        extra = state_dict.get(f"{prefix}_extra_state")
+        own = self.target
+        self._pending, self._placement = [], None
+        if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
+            self._take_plan(self._plan(int(extra[2])))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.target = own
+        if self.plan.num_chunks != own and not self.header.is_meta:
+            if self.num_resident > own:
+                Round(self).run(force=True)
+            self._repack(self._plan(own))
+
+    def _take_plan(self, new: Plan) -> None:
+        """Make room for the pool of a checkpoint."""
+        if self._layout(new) != self.layout:
+            raise RunError("the checkpoint's pool has addresses of another width than this store's")
+        shapes = self._state_shapes(new.num_slots, self.pool.shape[1])
+        for name, shape in shapes.items():
+            setattr(self, name, self.header.new_zeros(shape, dtype=torch.float32))
+        self.pool.data = self.pool.new_zeros(new.num_slots, self.pool.shape[1])
+        self.pool.grad = None
+        self.plan = new
+
+    def extra_repr(self) -> str:
+        """Return the tables in short."""
+        return (
+            f"tables={len(self.tables.specs)}, rows={self.tables.num_rows}, "
+            f"dim={self.embedding_dim}, num_chunks={self.config.num_chunks}, target={self.target}"
+        )
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
