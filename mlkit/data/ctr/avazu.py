@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +29,7 @@ _START = re.compile(rb"[^,]*,[^,]*,(%s)," % _HOUR)
 
 
 def avazu(
-    path: str | Sequence[str] | None,
+    path: str | Path | Sequence[str | Path] | None,
     *,
     seed: int = 0,
     table_sizes: int | Sequence[int] = 100_000,

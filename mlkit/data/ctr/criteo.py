@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _PATTERN = re.compile(
 
 
 def criteo(
-    path: str | Sequence[str] | None,
+    path: str | Path | Sequence[str | Path] | None,
     *,
     seed: int = 0,
     table_sizes: int | Sequence[int] = 100_000,

@@ -180,13 +180,14 @@ class LineStream:
         days: list[int] = []
         num_lines, last_hour = 0, b""
         for path in self._paths:
-            if self._format.hour is None and len(self._paths) > 1:
-                days.append(num_lines)
+            first_line = num_lines
             for block, lines, mark in self._blocks(path, num_lines):
                 digest.update(block)
                 marks.append(mark)
                 num_lines = mark.line + len(lines)
                 if self._format.hour is None:
+                    if len(self._paths) > 1 and mark.line == first_line:
+                        days.append(first_line)
                     continue
                 for number, line in enumerate(lines):
                     hour = self._format.hour(line)
@@ -211,10 +212,8 @@ class LineStream:
         """Blocks of lines from the one that holds `line` to the end of the last file."""
         marks = self._index.marks
         first = max(int(np.searchsorted([mark.line for mark in marks], line, side="right")) - 1, 0)
-        start = marks[first]
-        position = self._paths.index(start.path)
-        for path in self._paths[position:]:
-            begin = start if path == start.path else next(m for m in marks if m.path == path)
+        begins = {mark.path: mark for mark in reversed(marks[first:])}
+        for path, begin in reversed(begins.items()):
             for _, lines, mark in self._blocks(path, begin.line, begin):
                 yield mark, lines
 
@@ -308,7 +307,7 @@ def _join(parts: Sequence[CTRBatch]) -> CTRBatch:
     return CTRBatch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def files_of(name: str, path: str | Sequence[str] | None) -> tuple[Path, ...]:
+def files_of(name: str, path: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """The files that a configuration names.
 
     Args:
