@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlkit.data.ctr.blocks import files_of
 from mlkit.data.ctr.hashing import hash_cells, sizes_of
-from mlkit.data.ctr.lines import LineFormat, LineStream, files_of
+from mlkit.data.ctr.lines import LineFormat, LineStream
 from mlkit.data.ctr.stream import CTRBatch, TestShare
 
 __all__ = ["criteo"]
