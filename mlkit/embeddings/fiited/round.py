@@ -87,7 +87,6 @@ class Round:
         store = self._store
         if self._config.utility == "l2":
             self._measure_norms()
-        store.average_utilities()
         evict, admit, thresholds, misplaced = [], [], [], 0
         for group in self._groups():
             threshold = self._threshold(group)
@@ -128,7 +127,12 @@ class Round:
         stored = store.layout.utilities(store.header, self._config.num_chunks)
         for start in range(0, len(stored), 1 << 16):
             rows = torch.arange(start, min(start + (1 << 16), len(stored)), device=stored.device)
-            chunks = store.read(rows).float().view(len(rows), self._config.num_chunks, -1)
+            chunks = (
+                store.read(rows)
+                .float()
+                .nan_to_num(0, 0, 0)
+                .view(len(rows), self._config.num_chunks, -1)
+            )
             store.put_utilities(rows, torch.linalg.vector_norm(chunks, dim=2))
 
     def _groups(self) -> list[_Group]:
@@ -139,7 +143,7 @@ class Round:
             total = sum(self._size(t) for t in range(len(tables)))
             return [
                 _Group(
-                    store.tables.metadata(t),
+                    store.tables.metadata((t,)),
                     one[:1],
                     store.target * self._size(t) // total,
                     int(store.resident(store.tables.rows_of(t)).sum()),
