@@ -326,3 +326,23 @@ def test_a_ramp_descends_with_the_oracle() -> None:
         assert pair.store.num_resident <= pair.store.target
     pair.compare()
     assert pair.store.target == final
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
+@pytest.mark.parametrize("utility", ["freq_grad", "freq"])
+def test_two_lookups_of_a_table_in_one_step(optimizer: Any, utility: Any) -> None:
+    """Each is a backward of its own, for rows that are new in this step too."""
+    config = config_of(optimizer=optimizer, utility=utility, eps=1e-3, decay=1.0, normalize="none")
+    pair = Pair(config, DIM)
+    first, second = stream(3, 16, DIM, SIZES), stream(8, 16, DIM, SIZES)
+    for one, two in zip(first, second, strict=True):
+        for table, batches in enumerate(zip(one, two, strict=True)):
+            for batch in batches:
+                ids, offsets, weights, grad = batch.tensors()
+                pair.store.backward([table], ids, offsets, 1, weights, grad, batch.mode)
+                pair.oracle.backward(
+                    table, batch.ids, batch.offsets, batch.grad, batch.weights, batch.mode
+                )
+        pair.store.step()
+        pair.oracle.step()
+    pair.compare()
