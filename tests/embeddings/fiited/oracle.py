@@ -184,7 +184,9 @@ class MaskedOracle:
             found = self.round(force=self.target < before)
         self.scale /= self.config.decay_per_step
         if found is not None and self.scale > 1e12:
-            self.scale = self.config.decay_per_step
+            self.scale = 1.0
+            # what a float32 cannot hold was never read: it counts in no percentile
+            self.utility[self.utility < 2.0**-150] = 0
         return found
 
     def _earn(self, row: int, accesses: int, gradient: Array) -> None:
