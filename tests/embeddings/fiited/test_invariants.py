@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from mlkit.embeddings.fiited.allocator import SlabAllocator, SlotStack
+from mlkit.embeddings.fiited.allocator import SlotStack
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.placement import Placement
@@ -84,23 +84,23 @@ def train(store: DynamicEmbeddingStore, rng: np.random.Generator, hot: int, size
 
 @st.composite
 def configs(draw: st.DrawFn, **fixed: Any) -> FIITEDConfig:
-    values: dict[str, Any] = dict(
-        num_chunks=draw(st.integers(1, 8)),
-        layout=draw(st.sampled_from(["slab", "slab", "chunk"])),
-        prefix=draw(st.booleans()),
-        hysteresis=draw(st.sampled_from([0.0, 0.05, 0.5])),
-        trigger=draw(st.sampled_from([0.0, 0.05])),
-        optimizer=draw(st.sampled_from(["sgd", "rowwise_adagrad", "adagrad", "adam"])),
-        utility=draw(st.sampled_from(["freq_grad", "freq", "grad", "l2"])),
-        utility_dtype=draw(st.sampled_from(["float32", "uint8"])),
-        utility_every=draw(st.sampled_from([1, 1, 3])),
-        normalize=draw(st.sampled_from(["p95", "none", "per_table"])),
-        admission=draw(st.sampled_from(["zeros", "init"])),
-        schedule="fixed",
-        prune_every=draw(st.integers(1, 3)),
-        decay=draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
-        eps=1e-3,
-    )
+    values: dict[str, Any] = {
+        "num_chunks": draw(st.integers(1, 8)),
+        "layout": draw(st.sampled_from(["slab", "slab", "chunk"])),
+        "prefix": draw(st.booleans()),
+        "hysteresis": draw(st.sampled_from([0.0, 0.05, 0.5])),
+        "trigger": draw(st.sampled_from([0.0, 0.05])),
+        "optimizer": draw(st.sampled_from(["sgd", "rowwise_adagrad", "adagrad", "adam"])),
+        "utility": draw(st.sampled_from(["freq_grad", "freq", "grad", "l2"])),
+        "utility_dtype": draw(st.sampled_from(["float32", "uint8"])),
+        "utility_every": draw(st.sampled_from([1, 1, 3])),
+        "normalize": draw(st.sampled_from(["p95", "none", "per_table"])),
+        "admission": draw(st.sampled_from(["zeros", "init"])),
+        "schedule": "fixed",
+        "prune_every": draw(st.integers(1, 3)),
+        "decay": draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
+        "eps": 1e-3,
+    }
     values["target_density"] = draw(st.sampled_from([0.04, 0.1, 0.3, 0.7, 1.0]))
     return FIITEDConfig(**{**values, **fixed})
 
@@ -133,13 +133,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def compact(self) -> None:
-        with unchanged(self.store):
+        with Unchanged(self.store):
             self.store.placement.compact()
 
     @rule()
     def read_anew(self) -> None:
         """Free lists that are made from the header serve as well as those that grew."""
-        with unchanged(self.store):
+        with Unchanged(self.store):
             self.store._placement = None
 
     @rule(share=st.floats(0.02, 1))
@@ -169,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
             check_storage(self.store)
 
 
-class unchanged:
+class Unchanged:
     """Values, states and utilities of all chunks are what they were, wherever they are."""
 
     def __init__(self, store: DynamicEmbeddingStore) -> None:
@@ -179,8 +179,11 @@ class unchanged:
         store = self.store
         slots = store.placement.slots(torch.arange(store.tables.num_rows))
         resident = slots >= 0
-        return [resident, *(c[slots[resident]].clone() for c in store.columns()),
-                store.utilities(slice(0, store.tables.num_rows)).clone()]
+        return [
+            resident,
+            *(c[slots[resident]].clone() for c in store.columns()),
+            store.utilities(slice(0, store.tables.num_rows)).clone(),
+        ]
 
     def __enter__(self) -> None:
         self.before = self.content()
@@ -230,7 +233,11 @@ class PlacementMachine(RuleBasedStateMachine):
         self.pool = torch.zeros(self.plan.num_slots, 2)
         self.state = torch.zeros(self.plan.num_slots)  # as a chunk's count of steps: one number
         self.placement = Placement(
-            self.header, layout, per_row, self.plan.num_slots, self.plan.page_slots,
+            self.header,
+            layout,
+            per_row,
+            self.plan.num_slots,
+            self.plan.page_slots,
             lambda: [self.pool, self.state],
         )
         self.wanted = np.zeros((rows, per_row), bool)
@@ -320,8 +327,17 @@ def test_churn_in_a_tight_slab_pool_never_runs_out_of_pages(per_row: int) -> Non
 
 def test_regrowth_after_a_change_of_the_stream() -> None:
     """The new hot set is resident within two rounds, and outputs do not jump when it comes."""
-    config = FIITEDConfig(target_density=0.25, optimizer="adagrad", lr=0.1, eps=1e-3, schedule="fixed",
-                          prune_every=10, decay=0.1, trigger=0.0, normalize="none")
+    config = FIITEDConfig(
+        target_density=0.25,
+        optimizer="adagrad",
+        lr=0.1,
+        eps=1e-3,
+        schedule="fixed",
+        prune_every=10,
+        decay=0.1,
+        trigger=0.0,
+        normalize="none",
+    )
     store = DynamicEmbeddingStore([TableSpec("t", 80)], 16, config)
     generator = torch.Generator().manual_seed(0)
     every = torch.arange(80)
@@ -348,10 +364,21 @@ def test_regrowth_after_a_change_of_the_stream() -> None:
 
 
 @QUICK
-@given(seed=st.integers(0, 999), per_row=st.integers(1, 8), prefix=st.booleans(), h=st.sampled_from([0.0, 0.2]))
+@given(
+    seed=st.integers(0, 999),
+    per_row=st.integers(1, 8),
+    prefix=st.booleans(),
+    h=st.sampled_from([0.0, 0.2]),
+)
 def test_a_round_selects_what_topk_selects(seed: int, per_row: int, prefix: bool, h: float) -> None:
-    config = FIITEDConfig(target_density=0.3, num_chunks=per_row, hysteresis=h, normalize="none",
-                          prefix=prefix, optimizer="sgd")
+    config = FIITEDConfig(
+        target_density=0.3,
+        num_chunks=per_row,
+        hysteresis=h,
+        normalize="none",
+        prefix=prefix,
+        optimizer="sgd",
+    )
     store = DynamicEmbeddingStore(SPECS, per_row, config)
     rows, every = torch.arange(store.tables.num_rows), slice(0, store.tables.num_rows)
     generator = torch.Generator().manual_seed(seed)
@@ -370,7 +397,8 @@ def test_a_round_selects_what_topk_selects(seed: int, per_row: int, prefix: bool
             # prefix gives chunks of a row equal scores: of those, any may be the last
             tau = best.values[-1]
             assert torch.equal(now & (score > tau), chosen & (score > tau))
-            assert now.sum() == store.target and not bool((now & (score < tau)).any())
+            assert now.sum() == store.target
+            assert not bool((now & (score < tau)).any())
         else:
             tau = best.values[-1]
             assert not bool((held & ~now & (score >= tau)).any())
@@ -394,21 +422,36 @@ def test_itep_rounds_by_hand() -> None:
 @pytest.mark.parametrize("decay", [1e-3, 1e-10, 1e-30])
 @pytest.mark.parametrize("utility_dtype", ["float32", "uint8"])
 def test_a_steep_decay_leaves_finite_utilities(decay: float, utility_dtype: Any) -> None:
-    config = FIITEDConfig(target_density=0.3, optimizer="sgd", decay=decay, prune_every=4,
-                          schedule="fixed", utility_dtype=utility_dtype)
+    config = FIITEDConfig(
+        target_density=0.3,
+        optimizer="sgd",
+        decay=decay,
+        prune_every=4,
+        schedule="fixed",
+        utility_dtype=utility_dtype,
+    )
     store = DynamicEmbeddingStore(SPECS, 8, config)
     rng = np.random.default_rng(0)
     for _ in range(20):
         train(store, rng, 0, 20)
         found = store.utilities(slice(0, store.tables.num_rows))
-        assert bool(found.isfinite().all()) and bool((found > 0).any())
+        assert bool(found.isfinite().all())
+        assert bool((found > 0).any())
     check_storage(store)
     assert len(store.rounds) > 0
 
 
 def test_a_ramp_goes_on_where_a_checkpoint_left_it() -> None:
-    config = FIITEDConfig(target_density=0.2, ramp=(2, 10), ramp_from=0.9, optimizer="adagrad",
-                          schedule="fixed", prune_every=4, trigger=0.0, eps=1e-3)
+    config = FIITEDConfig(
+        target_density=0.2,
+        ramp=(2, 10),
+        ramp_from=0.9,
+        optimizer="adagrad",
+        schedule="fixed",
+        prune_every=4,
+        trigger=0.0,
+        eps=1e-3,
+    )
     for stop in (6, 14):  # within the ramp, and after it
         whole, first, second = (DynamicEmbeddingStore(SPECS, 8, config) for _ in range(3))
         rngs = [np.random.default_rng(1) for _ in range(2)]
@@ -443,8 +486,9 @@ def test_residents_that_earned_nothing_make_room() -> None:
 
 def test_shares_of_tables_are_exact() -> None:
     """29 % of 100 is 29, though 0.29 * 100 in floating point is less."""
-    config = FIITEDConfig(target_density=0.29, optimizer="sgd", normalize="per_table", num_chunks=1,
-                          hysteresis=0.0)
+    config = FIITEDConfig(
+        target_density=0.29, optimizer="sgd", normalize="per_table", num_chunks=1, hysteresis=0.0
+    )
     store = DynamicEmbeddingStore([TableSpec("a", 100), TableSpec("b", 100)], 2, config)
     store.put_utilities(torch.arange(200), torch.arange(1.0, 201).unsqueeze(1))
     store.prune_now(force=True)
