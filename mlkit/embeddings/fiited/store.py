@@ -132,6 +132,7 @@ class DynamicEmbeddingStore(nn.Module):
         self.process_group: Any = "auto"
         self.grad_scale = 1.0
         self.follow_checkpoints = False
+        self._exact: ExactIds | None = None
         self._driver: weakref.ref[Any] | None = None
         self._group_number = 0
         self._start()
@@ -240,7 +241,9 @@ class DynamicEmbeddingStore(nn.Module):
         """The table of keys of `id_map="exact"`."""
         if self.config.id_map != "exact":
             return None
-        return ExactIds(self.tables, self.keys, self.config.seed)
+        if self._exact is None or self._exact.keys is not self.keys:
+            self._exact = ExactIds(self.tables, self.keys, self.config.seed)
+        return self._exact
 
     def map_ids(
         self,
@@ -357,6 +360,7 @@ class DynamicEmbeddingStore(nn.Module):
         return {
             **state,
             "_placement": None,
+            "_exact": None,
             "_optimizers": [],
             "_driver": None,
             "_pending": [],
@@ -434,7 +438,7 @@ class DynamicEmbeddingStore(nn.Module):
         """Set the resident chunks of rows of the header; what is not resident is left out."""
         slots = self.placement.slots(rows)
         resident = slots >= 0
-        chunks = values.view(len(rows), self.config.num_chunks, -1)
+        chunks = values.unflatten(1, (self.config.num_chunks, -1))
         self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
 
     @torch.no_grad()
@@ -563,7 +567,7 @@ class DynamicEmbeddingStore(nn.Module):
     def _pool_gradient(self, gradients: RowGradients) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
-        chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
+        chunks = gradients.grads.unflatten(1, (self.config.num_chunks, -1))[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
         if self.sparse:
             return torch.sparse_coo_tensor(

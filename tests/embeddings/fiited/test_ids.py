@@ -241,3 +241,34 @@ def test_keys_are_counted_and_saved():
     other.load_state_dict(store.state_dict())
     ids = torch.tensor([-4, 3, 9, 8])
     assert torch.equal(lookup(other, ids, table=0), lookup(store, ids, table=0))
+
+
+@pytest.mark.parametrize("id_map", ["identity", "hash", "exact"])
+def test_lookup_compiles_into_one_graph(id_map):
+    store = make_store(id_map=id_map)
+    train(store, [1, 2, 3])
+    ids = torch.tensor([3, 1, 1])
+
+    def double(ids):
+        return 2 * lookup(store, ids, table=0)
+
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), double(ids))
+    assert compiled(ids).any()
+    compiled(torch.tensor([3, 19, 0])).sum().backward()
+    store.step()
+    if id_map == "exact":
+        assert int(store.exact_ids.find(torch.tensor([19]), 0)) < 20
+
+
+@pytest.mark.parametrize("id_map", ["identity", "hash", "exact"])
+def test_no_ids_at_all(id_map):
+    store = make_store((5, 6), id_map=id_map)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert lookup(store, none, table=1).shape == (0, 4)
+    out = lookup(store, none, torch.zeros(7, dtype=torch.int64))
+    assert out.shape == (3, 8)
+    assert not out.any()
+    out.sum().backward()
+    store.step()
+    assert not store.utilities(slice(0, 11)).any()
