@@ -32,6 +32,7 @@ __all__ = [
     "Update",
     "apply_gradients",
     "backward_reference",
+    "check_indices",
     "forward_reference",
     "reduce_gradients",
 ]
@@ -111,10 +112,25 @@ def _rows(indices: Tensor, bag: Tensor, tables: Tensor, num_bags: int) -> tuple[
     return first + indices, indices != padding
 
 
-class IndexOutOfRange(InvalidValueError, IndexError):
-    """An index outside its table; `table` counts those of the call, from 0."""
+def check_indices(
+    tables: Int[Tensor, "tables 3"],
+    indices: Int[Tensor, " n"],
+    offsets: Int[Tensor, " bags_plus_1"] | None,
+    bag_size: int,
+) -> None:
+    """Look for an index outside its table.
 
-    def __init__(self, table: int, index: int, rows: int) -> None:
+    Raises:
+        IndexOutOfRange: For the first one.
+    """
+    bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
+    _rows(indices, bag, tables, num_bags)
+
+
+class IndexOutOfRange(InvalidValueError, IndexError):
+    """An index outside its table; `table` counts those of the call, from 0, or is its name."""
+
+    def __init__(self, table: int | str, index: int, rows: int) -> None:
         super().__init__(f"index {index} is outside of table {table}, which has {rows} rows")
         self.table, self.index, self.rows = table, index, rows
 
@@ -194,7 +210,7 @@ def reduce_gradients(
     bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
     rows, counts = _rows(indices, bag, tables, num_bags)
     factor = _coefficients(counts, bag, num_bags, weights, mode)
-    by_bag = _compute(grad.unflatten(1, (num_tables, -1)).transpose(0, 1).flatten(0, 1))
+    by_bag = _compute(grad.view(len(grad), num_tables, -1).transpose(0, 1).flatten(0, 1))
     rows, bag, factor = rows[counts], bag[counts], factor[counts]
     distinct, place, repeats = torch.unique(rows, return_inverse=True, return_counts=True)
     sums = by_bag.new_zeros(len(distinct), by_bag.shape[1])
@@ -221,7 +237,7 @@ def apply_gradients(
     would give them.
     """
     rows, counts, grads = gradients
-    chunks = grads.unflatten(1, (num_chunks, -1))
+    chunks = grads.view(len(rows), num_chunks, pool.shape[1])
     addresses = layout.addresses(header, num_chunks)[rows]
     slots = layout.slots(addresses, num_chunks)
     finite = grads.isfinite().all(1)

@@ -12,9 +12,9 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +71,7 @@ class DynamicEmbeddingStore(nn.Module):
     Attributes:
         pool: [slots, C]. A parameter that an unfused optimizer trains.
         header: int32 [rows, words], see `mlkit_kernels.dynamic_embedding.header`.
+        handle: A number by which the lookup op finds this store in its process.
         budget: Chunks that may be resident once a ramp has ended.
         target: Chunks that may be resident now.
         follow_checkpoints: Whether loading one takes over its budget, where `resize` changed it,
@@ -135,6 +136,8 @@ class DynamicEmbeddingStore(nn.Module):
         self._exact: ExactIds | None = None
         self._driver: weakref.ref[Any] | None = None
         self._group_number = 0
+        self._loading: list[str] | None = None
+        self._register()
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -174,7 +177,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._log_scale = 0.0
         self._exponent = _FIRST_EXPONENT
         self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
-        self._pending: list[tuple[int | None, RowGradients]] = []
+        self._pending: list[tuple[Sequence[int], RowGradients]] = []
         self.num_dropped = 0
         self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
         self.unseen: list[Tensor] = []
@@ -215,6 +218,11 @@ class DynamicEmbeddingStore(nn.Module):
             self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
 
     @property
+    def root(self) -> nn.Parameter:
+        """What the graph of a lookup hangs on."""
+        return self.pool if self.config.optimizer is None else self.anchor
+
+    @property
     def states(self) -> list[Tensor]:
         """States of a fused optimizer that are indexed by slot."""
         slots, width = self.pool.shape
@@ -248,7 +256,7 @@ class DynamicEmbeddingStore(nn.Module):
     def map_ids(
         self,
         ids: Int[Tensor, " n"],
-        table: int | None,
+        tables: Sequence[int],
         offsets: Tensor | None = None,
         *,
         collect: bool = False,
@@ -257,15 +265,16 @@ class DynamicEmbeddingStore(nn.Module):
 
         Args:
             ids: Any 64-bit integers, or rows where `id_map` is "identity".
-            table: Number of the table; None where the ids are those of all tables, in order.
+            tables: Numbers of the tables whose ids these are, one after the other.
             offsets: Of the bags, to tell the tables apart.
             collect: Whether ids that an exact map does not know get rows in the next `step()`.
         """
         if self.config.id_map == "identity":
             return ids
-        number: int | Tensor = table if table is not None else 0
-        if table is None:
-            number = table_of(len(ids), len(self.tables.specs), offsets, ids.device)
+        number: int | Tensor = tables[0]
+        if len(tables) > 1:
+            place = table_of(len(ids), len(tables), offsets, ids.device)
+            number = torch.tensor(tables, device=ids.device)[place]
         if self.exact_ids is None:
             return hash_rows(self.tables, ids, number, self.config.seed)
         rows = self.exact_ids.find(ids, number)
@@ -342,19 +351,13 @@ class DynamicEmbeddingStore(nn.Module):
         self._lr.fill_(float(group["lr"]))
         return group
 
-    @property
-    def handle(self) -> int:
-        """A number by which the lookup op finds this store in its process."""
-        found = self.__dict__.get("_handle")
-        if found is None:
-            found = self.__dict__["_handle"] = next(_handles)
-            _stores[found] = self
-        return found
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _stores[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a handle, free lists and optimizers of its own.
         state = self.__dict__.copy()
-        state.pop("_handle", None)
         if self._placement is not None:
             state["_saved_free"] = self._placement.free()
         return {
@@ -364,10 +367,32 @@ class DynamicEmbeddingStore(nn.Module):
             "_optimizers": [],
             "_driver": None,
             "_pending": [],
+            "_loading": None,
             "unseen": [],
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._placement is not None and not self.header.is_meta:
+            self._saved_free = self._placement.free()
+        self._placement = None  # it holds the header that is replaced now
+        return super()._apply(fn, recurse)
+
     # -------------------------------------------------------------------- values
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the target is density 1."""
+        return self.target == self._most
+
+    def share_of(self, table: int) -> int:
+        """Return how many of the target's chunks a table gets in proportion to its rows."""
+        spec = self.tables.specs[table]
+        rows = spec.num_embeddings - (spec.padding_idx is not None)
+        return self.target * rows * self.config.num_chunks // self._most
 
     @property
     def _most(self) -> int:
@@ -438,7 +463,7 @@ class DynamicEmbeddingStore(nn.Module):
         """Set the resident chunks of rows of the header; what is not resident is left out."""
         slots = self.placement.slots(rows)
         resident = slots >= 0
-        chunks = values.unflatten(1, (self.config.num_chunks, -1))
+        chunks = values.view(len(rows), self.config.num_chunks, self.pool.shape[1])
         self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
 
     @torch.no_grad()
@@ -447,6 +472,18 @@ class DynamicEmbeddingStore(nn.Module):
         slots = self.placement.slots(rows)
         values = self.pool.detach()[slots.clamp_min(0)]
         return torch.where((slots >= 0).unsqueeze(-1), values, 0).flatten(1)
+
+    @torch.no_grad()
+    def renormalise(self, table: int, indices: Tensor, max_norm: float, norm_type: float) -> None:
+        """Shorten rows of a table to a p-norm of at most `max_norm`, as `nn.Embedding` does."""
+        spec = self.tables.specs[table]
+        inside = indices[(indices >= 0) & (indices < spec.num_embeddings)]
+        rows = inside.unique().long() + self.tables.first[table]
+        values = self.read(rows)
+        norm = torch.linalg.vector_norm(values, norm_type, dim=1)
+        longer = norm > max_norm
+        scale = max_norm / (norm[longer] + 1e-7)
+        self.write(rows[longer], values[longer] * scale.unsqueeze(1))
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of everything that is held now, headers included."""
@@ -485,41 +522,52 @@ class DynamicEmbeddingStore(nn.Module):
     @torch.no_grad()
     def backward(
         self,
-        table: int | None,
+        tables: Sequence[int],
         indices: Tensor,
         offsets: Tensor | None,
         bag_size: int,
         weights: Tensor | None,
         grad: Tensor,
         mode: str,
+        *,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
     ) -> Tensor | None:
         """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
 
         Args:
-            table: Number of the table, or None for all of them at once.
+            tables: Numbers of the tables that were read.
             indices: As in the lookup, and so on.
             offsets: See the kernels.
             bag_size: See the kernels.
             weights: See the kernels.
             grad: Of the lookup's output.
             mode: "sum" or "mean".
+            scale_grad_by_freq: Divide the gradient of a row by how often it was read.
+            sparse: Whether the gradient of the pool is.
 
         Returns:
             The gradient of the pool, dense or sparse; None in fused mode.
         """
-        metadata, per_row = self.tables.metadata(table), self.config.num_chunks
+        per_row = self.config.num_chunks
+        metadata, grad = self.tables.metadata(tuple(tables)), grad.contiguous()
+        if any(after <= before for before, after in itertools.pairwise(tables)):
+            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
         update, group = self.update(), self.group()
         fused = self.config.optimizer is not None
-        grad = grad.contiguous()
-        waiting = self._waiting(table) if fused else None
+        waiting = self._waiting(tables) if fused else None
         local = None
-        if fused and group is None and waiting is None and self.grad_scale == 1:
+        is_plain = self.grad_scale == 1 and not scale_grad_by_freq
+        if fused and group is None and waiting is None and is_plain:
             touched = kernels.backward(
                 self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
                 indices, offsets, bag_size, weights, grad, mode, update,
             )  # fmt: skip
         else:
             local = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
+            if scale_grad_by_freq:
+                counts = local.counts.to(local.grads.dtype)
+                local = local._replace(grads=local.grads / counts.unsqueeze(1))
             gradients = self._shared(local, update, group)
             touched = kernels.apply(
                 self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
@@ -530,16 +578,16 @@ class DynamicEmbeddingStore(nn.Module):
                 late = torch.isin(gradients.rows, waiting)
                 late &= ~torch.isin(gradients.rows, touched.new.rows)
                 if bool(late.any()):
-                    self._pending.append((table, RowGradients(*(x[late] for x in gradients))))
+                    self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
         new = self._without_spare(touched.new)
         if len(new.rows):
-            self._pending.append((table, new))
-        return None if fused or local is None else self._pool_gradient(local)
+            self._pending.append((tables, new))
+        return None if fused or local is None else self._pool_gradient(local, sparse)
 
-    def _waiting(self, table: int | None) -> Tensor | None:
+    def _waiting(self, tables: Sequence[int]) -> Tensor | None:
         """Return rows of these tables that an earlier backward pass of this step found new."""
-        found = [p.rows for t, p in self._pending if t is None or table is None or t == table]
+        found = [p.rows for t, p in self._pending if not set(t).isdisjoint(tables)]
         return torch.cat(found) if found else None
 
     def _shared(self, local: RowGradients, update: Update, group: Any) -> RowGradients:
@@ -564,12 +612,43 @@ class DynamicEmbeddingStore(nn.Module):
         if self.layout.row_state:
             self.layout.state(self.header, self.config.num_chunks)[rows] = 0
 
-    def _pool_gradient(self, gradients: RowGradients) -> Tensor:
+    def _as_one_table(
+        self,
+        metadata: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        bag_size: int,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn a batch that reads a table twice into one of the whole header.
+
+        The kernels sum gradients by table, so a table may occur only once among theirs.
+        """
+        count = len(metadata)
+        if offsets is None:
+            ends = [(t + 1) * (len(indices) // count) for t in range(count)]
+        else:
+            batch = (len(offsets) - 1) // count
+            ends = [int(offsets[(t + 1) * batch]) for t in range(count)]
+        padding = next(iter(self.tables.padding_rows), -1)
+        rows, start = indices.long(), 0
+        for (first, _, pad), end in zip(metadata.tolist(), ends, strict=True):
+            part = rows[start:end]
+            rows = torch.cat([
+                rows[:start], torch.where(part == pad, padding, part + first), rows[end:],
+            ])  # fmt: skip
+            start = end
+        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
+        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        return whole, rows, by_bag.contiguous()
+
+    def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
-        chunks = gradients.grads.unflatten(1, (self.config.num_chunks, -1))[resident]
+        width = self.pool.shape[1]
+        chunks = gradients.grads.view(len(slots), self.config.num_chunks, width)[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
-        if self.sparse:
+        if sparse:
             return torch.sparse_coo_tensor(
                 at.unsqueeze(0), values, self.pool.shape, check_invariants=False
             )
@@ -754,16 +833,36 @@ class DynamicEmbeddingStore(nn.Module):
         free = state[_CLOCK + len(self.tables.specs) :].long()
         self._saved_free = free if len(free) else None
 
+    def is_first_visit(self, error_msgs: list[str]) -> bool:
+        """Say whether this call of `load_state_dict` comes here for the first time.
+
+        A store that several modules share is reached through each of them. A call is known by its
+        list of errors.
+        """
+        seen, self._loading = self._loading is error_msgs, error_msgs
+        return not seen
+
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Load a checkpoint of any budget, then come back to this store's own."""
+        if not self.is_first_visit(error_msgs):
+            return
         extra = state_dict.get(f"{prefix}_extra_state")
         own, began = self.target, self.budget if self.config.ramp is None else self.ramp_target(0)
         self._pending, self._placement, self.unseen = [], None, []
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
             self._take_plan(self._plan(int(extra[2])))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if self.budget <= self.plan.num_chunks <= began:
             own = self.plan.num_chunks  # as far as the ramp was
         elif self.follow_checkpoints:

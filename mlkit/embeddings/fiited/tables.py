@@ -69,10 +69,9 @@ class Tables:
                 first + s.num_embeddings for first, s in zip(self.first, self.specs, strict=True)
             ]
         self._columns: dict[torch.device, Tensor] = {}
-        self._all = self._tensor(range(len(self.specs)))
-        self._each = [self._all[t : t + 1] for t in range(len(self.specs))]
+        self._metadata: dict[tuple[int, ...], Tensor] = {}
 
-    def _tensor(self, numbers: Sequence[int] | range) -> Int[Tensor, "tables 3"]:
+    def _tensor(self, numbers: Sequence[int]) -> Int[Tensor, "tables 3"]:
         rows = []
         for number in numbers:
             spec = self.specs[number]
@@ -95,9 +94,13 @@ class Tables:
         first = self.first[number]
         return slice(first, first + self.specs[number].num_embeddings)
 
-    def metadata(self, number: int | None = None) -> Int[Tensor, "tables 3"]:
-        """Return what the kernels take: of one table, or of all."""
-        return self._all if number is None else self._each[number]
+    def metadata(self, numbers: tuple[int, ...] | None = None) -> Int[Tensor, "tables 3"]:
+        """Return what the kernels take of some tables; of all by default."""
+        numbers = tuple(range(len(self.specs))) if numbers is None else numbers
+        found = self._metadata.get(numbers)
+        if found is None:
+            found = self._metadata[numbers] = self._tensor(numbers)
+        return found
 
     @property
     def padding_rows(self) -> list[int]:

@@ -46,7 +46,7 @@ class Model(nn.Module):
 
     def forward(self, users, items):
         # One lookup a table: the collectives of the second come after those of the first.
-        parts = [lookup(self.store, ids, table=t) for t, ids in enumerate((users, items))]
+        parts = [lookup(self.store, ids, tables=[t]) for t, ids in enumerate((users, items))]
         return self.head(torch.cat(parts, 1)).squeeze(1)
 
 

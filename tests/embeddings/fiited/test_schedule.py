@@ -23,7 +23,7 @@ def make_store(rows=40, dim=8, **settings):
 
 
 def train(store, rows, factor=1.0):
-    (lookup(store, torch.as_tensor(rows), table=0) * factor).sum().backward()
+    (lookup(store, torch.as_tensor(rows), tables=[0]) * factor).sum().backward()
     return store.step()
 
 
@@ -134,7 +134,7 @@ def test_one_byte_utilities_rank_as_float32_ones_on_a_zipf_stream():
         ids = torch.from_numpy(generator.choice(2000, size=512, p=probability))
         grad = torch.from_numpy(generator.normal(size=(512, 8)).astype(np.float32)) / 512
         for store in stores:
-            lookup(store, ids, table=0).backward(grad)
+            lookup(store, ids, tables=[0]).backward(grad)
             store.step()
     exact, coded = (s.utilities(slice(0, 2000)).flatten().numpy() for s in stores)
     seen = exact > 0
@@ -155,7 +155,7 @@ def test_gradients_that_are_not_finite_are_counted_and_earn_nothing(bad, optimiz
     grad = torch.ones(4, 8)
     grad[1, 3] = bad
     for _ in range(10):
-        lookup(store, torch.tensor([5, 6, 7, 7]), table=0).backward(grad)
+        lookup(store, torch.tensor([5, 6, 7, 7]), tables=[0]).backward(grad)
         store.step()
     assert store.num_nonfinite == 10
     utility = store.utilities(slice(0, 40))
