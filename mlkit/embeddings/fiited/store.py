@@ -639,7 +639,7 @@ class DynamicEmbeddingStore(nn.Module):
             ])  # fmt: skip
             start = end
         whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        by_bag = grad.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
         return whole, rows, by_bag.contiguous()
 
     def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:

@@ -2,13 +2,16 @@
 
 import functools
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 from mlkit.embeddings import (
     DynamicEmbeddingStore,
+    EmbeddingBudget,
     FIITEDConfig,
     FusedEmbeddingOptimizer,
     TableSpec,
@@ -86,6 +89,36 @@ def train(model, module, ranks, shared):
     return result
 
 
+class Lightning(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = Model(optimizer="adagrad")
+
+    def training_step(self, batch, number):
+        return (self.model(*batch[0].T) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+
+def fit(world_size):
+    """Under a trainer, whose sampler gives every rank examples of its own."""
+    module = Lightning()
+    batches = [batch_of(step, 0, shared=True) for step in range(8)]
+    ids, target = torch.cat([b[0] for b in batches], 1).T, torch.cat([b[1] for b in batches])
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world_size, strategy="ddp", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EmbeddingBudget()],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(ids, target), batch_size=BATCH // 2))
+    return {
+        **{name: value.detach().clone() for name, value in module.state_dict().items()},
+        "steps": torch.tensor(module.model.store.steps),
+        "ignored": sorted(module._ddp_params_and_buffers_to_ignore),
+    }
+
+
 def run_all(rank, world_size):
     results = {}
     for name, given in VARIANTS.items():
@@ -98,6 +131,7 @@ def run_all(rank, world_size):
         model = DistributedDataParallel(module)
         assert bool(model.modules_buffers) != excluded
         results[name] = train(model, module, [rank], shared)
+    results["trainer"] = fit(world_size)
     module = Model(optimizer=None, ramp=(0, 10), ramp_from=0.9)
     try:
         train(DistributedDataParallel(module), module, [rank], shared=False)
@@ -135,6 +169,21 @@ def test_two_ranks_are_one_process_on_both_batches(name):
     for key in ("values", "utilities", "head.weight"):
         torch.testing.assert_close(together[key], alone[key], rtol=2e-4, atol=2e-6)
     assert torch.equal(together["values"] == 0, alone["values"] == 0)
+
+
+def test_trainer_keeps_ranks_equal():
+    first, second = (result["trainer"] for result in both_ranks())
+    assert (
+        first.pop("ignored")
+        == second.pop("ignored")
+        == [
+            "model.store.header",
+            "model.store.sum",
+        ]
+    )
+    assert first["steps"] == 8  # 96 examples, 6 a step on each of two ranks
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_unfused_ramp_is_refused():
