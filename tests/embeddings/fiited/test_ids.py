@@ -11,6 +11,7 @@ from mlkit.embeddings import DynamicEmbeddingStore, FIITEDConfig, TableSpec
 from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, mix, table_of
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.tables import Tables
+from mlkit.embeddings.fiited.unseen import evict_ids
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
@@ -231,6 +232,18 @@ def test_round_makes_place_for_ids_that_were_turned_away():
     row = store.exact_ids.find(torch.tensor([77]), 0)
     assert int(row) < 10
     assert store.exact_ids.find(torch.tensor([gone]), 0).tolist() == [10]
+
+
+def test_ids_with_a_chunk_never_leave():
+    store = make_store((10,), density=0.2)
+    train(store, list(range(10)))
+    resident = store.resident(slice(0, 10)).any(1)
+    store.forget(resident.nonzero().squeeze(1))
+    store.dropped[0] = 5
+    assert evict_ids(store) == 1  # at most a tenth of the table
+    assert store.exact_ids.is_used(slice(0, 10))[resident].all()
+    assert int((store.exact_ids.find(torch.arange(10), 0) < 10).sum()) == 9
+    assert not store.dropped.any()
 
 
 def test_keys_are_counted_and_saved():
