@@ -133,6 +133,7 @@ class DynamicEmbeddingStore(nn.Module):
         self.process_group: Any = "auto"
         self.grad_scale = 1.0
         self.follow_checkpoints = False
+        self._exact: ExactIds | None = None
         self._driver: weakref.ref[Any] | None = None
         self._group_number = 0
         self._loading: list[str] | None = None
@@ -248,7 +249,9 @@ class DynamicEmbeddingStore(nn.Module):
         """The table of keys of `id_map="exact"`."""
         if self.config.id_map != "exact":
             return None
-        return ExactIds(self.tables, self.keys, self.config.seed)
+        if self._exact is None or self._exact.keys is not self.keys:
+            self._exact = ExactIds(self.tables, self.keys, self.config.seed)
+        return self._exact
 
     def map_ids(
         self,
@@ -360,6 +363,7 @@ class DynamicEmbeddingStore(nn.Module):
         return {
             **state,
             "_placement": None,
+            "_exact": None,
             "_optimizers": [],
             "_driver": None,
             "_pending": [],
@@ -635,7 +639,7 @@ class DynamicEmbeddingStore(nn.Module):
             ])  # fmt: skip
             start = end
         whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        by_bag = grad.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
         return whole, rows, by_bag.contiguous()
 
     def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
