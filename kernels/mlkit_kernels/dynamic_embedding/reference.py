@@ -194,7 +194,7 @@ def reduce_gradients(
     bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
     rows, counts = _rows(indices, bag, tables, num_bags)
     factor = _coefficients(counts, bag, num_bags, weights, mode)
-    by_bag = _compute(grad.view(len(grad), num_tables, -1).transpose(0, 1).flatten(0, 1))
+    by_bag = _compute(grad.unflatten(1, (num_tables, -1)).transpose(0, 1).flatten(0, 1))
     rows, bag, factor = rows[counts], bag[counts], factor[counts]
     distinct, place, repeats = torch.unique(rows, return_inverse=True, return_counts=True)
     sums = by_bag.new_zeros(len(distinct), by_bag.shape[1])
@@ -221,7 +221,7 @@ def apply_gradients(
     would give them.
     """
     rows, counts, grads = gradients
-    chunks = grads.view(len(rows), num_chunks, -1)
+    chunks = grads.unflatten(1, (num_chunks, -1))
     addresses = layout.addresses(header, num_chunks)[rows]
     slots = layout.slots(addresses, num_chunks)
     finite = grads.isfinite().all(1)

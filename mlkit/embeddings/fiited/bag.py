@@ -113,9 +113,9 @@ class DynamicEmbeddingBag(DynamicTable):
 
     def forward(
         self,
-        input: Int[Tensor, "..."],
+        input: Int[Tensor, "*shape"],
         offsets: Int[Tensor, " bags"] | None = None,
-        per_sample_weights: Float[Tensor, "..."] | None = None,
+        per_sample_weights: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "bags dim"]:
         """Look bags of vectors up and pool each; an empty bag is zeros.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class FIITEDConverter:
         self._config: FIITEDConfig | None = None
 
     def candidates(self, model: nn.Module, config: FIITEDConfig) -> list[Candidate]:
-        """Every `nn.Embedding` and `nn.EmbeddingBag`; with the reason for those left as they are."""
+        """Every `nn.Embedding` and `nn.EmbeddingBag`, with the reason where one is left alone."""
         self._config = config
         holders: dict[int, list[str]] = {}
         for name, module in model.named_modules():
@@ -147,7 +147,7 @@ def _kind(site: _Stock) -> _Kind:
 
 
 def _module(store: DynamicEmbeddingStore, number: int, site: _Stock) -> nn.Module:
-    options = {
+    options: dict[str, Any] = {
         "max_norm": site.max_norm,
         "norm_type": site.norm_type,
         "scale_grad_by_freq": site.scale_grad_by_freq,
@@ -176,7 +176,7 @@ def _refusal(
     is_fresh = config.target_density != 1 and config.warm_start is None
     if not site.weight.requires_grad and is_fresh:
         return "it is frozen and would stay empty: warm_start='magnitude' keeps its largest chunks"
-    if isinstance(site, nn.Embedding) and site.padding_idx is not None and not site.weight.is_meta:
-        if bool(site.weight[site.padding_idx].any()):
-            return f"its row padding_idx={site.padding_idx} is not zeros, and would be"
+    is_padded = isinstance(site, nn.Embedding) and site.padding_idx is not None
+    if is_padded and not site.weight.is_meta and bool(site.weight[site.padding_idx].any()):
+        return f"its row padding_idx={site.padding_idx} is not zeros, and would be"
     return None

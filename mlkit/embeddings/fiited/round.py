@@ -124,7 +124,7 @@ class Round:
         stored = store.layout.utilities(store.header, self._config.num_chunks)
         for start in range(0, len(stored), 1 << 16):
             rows = torch.arange(start, min(start + (1 << 16), len(stored)), device=stored.device)
-            chunks = store.read(rows).float().view(len(rows), self._config.num_chunks, -1)
+            chunks = store.read(rows).float().unflatten(1, (self._config.num_chunks, -1))
             store.put_utilities(rows, torch.linalg.vector_norm(chunks, dim=2))
 
     def _groups(self) -> list[_Group]:
@@ -219,6 +219,6 @@ class Round:
         if self._config.admission == "init" and len(admit):
             row, chunk = admit // per_row, admit % per_row
             values = initial_values(self._config, store.tables, row, store.embedding_dim)
-            values = values.view(len(row), per_row, -1)[torch.arange(len(row)), chunk]
+            values = values.unflatten(1, (per_row, -1))[torch.arange(len(row)), chunk]
             at = store.placement.slots(row)[torch.arange(len(row)), chunk]
             store.pool.detach()[at] = values.to(store.pool.dtype)

@@ -259,7 +259,12 @@ class DynamicEmbeddingStore(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a handle, free lists and optimizers of its own.
-        own = {"_placement": None, "_optimizers": [], "_pending": [], "_loading": None}
+        own: dict[str, Any] = {
+            "_placement": None,
+            "_optimizers": [],
+            "_pending": [],
+            "_loading": None,
+        }
         return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -357,7 +362,7 @@ class DynamicEmbeddingStore(nn.Module):
         """Set the resident chunks of rows of the header; what is not resident is left out."""
         slots = self.placement.slots(rows)
         resident = slots >= 0
-        chunks = values.view(len(rows), self.config.num_chunks, -1)
+        chunks = values.unflatten(1, (self.config.num_chunks, -1))
         self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
 
     @torch.no_grad()
@@ -500,13 +505,13 @@ class DynamicEmbeddingStore(nn.Module):
             ])  # fmt: skip
             start = end
         whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        by_bag = grad.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
         return whole, rows, by_bag.contiguous()
 
     def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
-        chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
+        chunks = gradients.grads.unflatten(1, (self.config.num_chunks, -1))[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
         if sparse:
             return torch.sparse_coo_tensor(
