@@ -32,6 +32,7 @@ __all__ = [
     "Update",
     "apply_gradients",
     "backward_reference",
+    "check_indices",
     "forward_reference",
     "reduce_gradients",
 ]
@@ -109,6 +110,21 @@ def _rows(indices: Tensor, bag: Tensor, tables: Tensor, num_bags: int) -> tuple[
     if wrong.numel():
         raise IndexOutOfRange(int(table[wrong[0]]), int(indices[wrong[0]]), int(size[wrong[0]]))
     return first + indices, indices != padding
+
+
+def check_indices(
+    tables: Int[Tensor, "tables 3"],
+    indices: Int[Tensor, " n"],
+    offsets: Int[Tensor, " bags_plus_1"] | None,
+    bag_size: int,
+) -> None:
+    """Look for an index outside its table.
+
+    Raises:
+        IndexOutOfRange: For the first one.
+    """
+    bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
+    _rows(indices, bag, tables, num_bags)
 
 
 class IndexOutOfRange(InvalidValueError, IndexError):
@@ -194,7 +210,7 @@ def reduce_gradients(
     bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
     rows, counts = _rows(indices, bag, tables, num_bags)
     factor = _coefficients(counts, bag, num_bags, weights, mode)
-    by_bag = _compute(grad.unflatten(1, (num_tables, -1)).transpose(0, 1).flatten(0, 1))
+    by_bag = _compute(grad.view(len(grad), num_tables, -1).transpose(0, 1).flatten(0, 1))
     rows, bag, factor = rows[counts], bag[counts], factor[counts]
     distinct, place, repeats = torch.unique(rows, return_inverse=True, return_counts=True)
     sums = by_bag.new_zeros(len(distinct), by_bag.shape[1])
@@ -221,7 +237,7 @@ def apply_gradients(
     would give them.
     """
     rows, counts, grads = gradients
-    chunks = grads.unflatten(1, (num_chunks, -1))
+    chunks = grads.view(len(rows), num_chunks, pool.shape[1])
     addresses = layout.addresses(header, num_chunks)[rows]
     slots = layout.slots(addresses, num_chunks)
     finite = grads.isfinite().all(1)
@@ -274,9 +290,10 @@ def _optimize(
         steps[at] += 1
         first[at] = (update.beta1 * first[at] + (1 - update.beta1) * g).to(first.dtype)
         second[at] = (update.beta2 * second[at] + (1 - update.beta2) * g.square()).to(second.dtype)
-        count = steps[at].to(g.dtype).unsqueeze(1)
-        m = first[at].to(g.dtype) / (1 - update.beta1**count)
-        v = second[at].to(g.dtype) / (1 - update.beta2**count)
+        # Little is left after the subtraction: in float32 it would have four digits.
+        count = steps[at].double().unsqueeze(1)
+        m = first[at].to(g.dtype) / (1 - update.beta1**count).to(g.dtype)
+        v = second[at].to(g.dtype) / (1 - update.beta2**count).to(g.dtype)
         step = update.lr * m / (v.sqrt() + update.eps)
     value = _compute(pool[at]) - step
     pool[at] = _rounded(value, at, update.seed) if pool.dtype == torch.bfloat16 else value

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.converter import split_budget
 from mlkit.embeddings.fiited.dense import dense_weight
-from mlkit.embeddings.fiited.ids import hashed
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.module import resolve_config
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
@@ -234,11 +233,6 @@ class DynamicEmbeddingBagCollection(nn.Module):
         store = self.stores[call.store]
         assert isinstance(store, DynamicEmbeddingStore)
         values = [j.values for j in jagged]
-        if store.config.id_map == "hash":
-            specs = (store.tables.specs[t] for t in call.tables)
-            values = [
-                hashed(v, spec, store.config.seed) for v, spec in zip(values, specs, strict=True)
-            ]
         offsets = None
         if any(j.offsets is not None or j.size != jagged[0].size for j in jagged):
             offsets, start = [], 0
@@ -260,7 +254,7 @@ class DynamicEmbeddingBagCollection(nn.Module):
             torch.cat(values),
             None if offsets is None else torch.cat(offsets),
             weights,
-            tables=call.tables,
+            table=call.tables,
             bag_size=jagged[0].size if offsets is None else 1,
             mode=call.mode,
         )

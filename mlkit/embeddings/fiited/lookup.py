@@ -33,6 +33,15 @@ _library.define(
 _library.define(
     f"fiited_lookup_backward(Tensor grad, {_BATCH}, bool scale_grad_by_freq, bool sparse) -> Tensor"
 )
+_library.define(
+    "fiited_rows(Tensor ids, Tensor? offsets, int handle, int[] tables, bool collect) -> Tensor"
+)
+
+
+def _rows(
+    ids: Tensor, offsets: Tensor | None, handle: int, tables: Sequence[int], collect: bool
+) -> Tensor:
+    return store_of(handle).map_ids(ids, tables, offsets, collect=collect)
 
 
 def _forward(
@@ -153,6 +162,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (found, *[None] * 11)
 
 
+_library.impl("fiited_rows", _rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "mlkit::fiited_rows", lambda ids, *rest: torch.empty_like(ids, dtype=torch.int64), lib=_library
+)
 _library.impl("fiited_lookup", _forward, "CompositeExplicitAutograd")
 _library.impl("fiited_lookup_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("mlkit::fiited_lookup", _fake, lib=_library)
@@ -168,21 +181,22 @@ def lookup(
     offsets: Int[Tensor, " bags_plus_1"] | None = None,
     weights: Float[Tensor, " n"] | None = None,
     *,
-    tables: Sequence[int],
+    table: int | Sequence[int] | None = None,
     bag_size: int = 1,
     mode: str = "sum",
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
 ) -> Float[Tensor, "batch tables_times_dim"]:
-    """Look rows up and pool them by bag; gradients update the store.
+    """Look ids up and pool their rows by bag; gradients update the store.
 
     Args:
         store: Where the rows are.
-        indices: Rows within their tables; int64 or int32.
+        indices: Ids, int64 or int32: rows within their tables where `id_map` is "identity".
         offsets: Beginnings of the bags and the end, ordered by table; None for equal sizes.
         weights: A factor for each index; it gets no gradient.
-        tables: Numbers of the tables that are read, one after the other; the same may come twice.
+        table: Number of the table that is read, or of some, one after the other (the same may come
+            twice); None for all.
         bag_size: Indices of each bag where there are no offsets.
         mode: "sum" or "mean".
         max_norm: Rows that are read and are longer are shortened to this length, in place.
@@ -194,9 +208,13 @@ def lookup(
         InvalidValueError: For offsets that do not begin with 0, decrease, or do not end with the
             number of indices.
     """
+    numbers = store.tables.numbers(table)
+    if store.config.id_map != "identity":
+        collect = store.training and torch.is_grad_enabled()
+        indices = torch.ops.mlkit.fiited_rows(indices, offsets, store.handle, numbers, collect)
     # A compiled backward has dense gradients alone.
     sparse = store.sparse and not torch.compiler.is_compiling()
     return torch.ops.mlkit.fiited_lookup(
-        store.root, indices, offsets, weights, store.handle, tables, bag_size, mode, max_norm,
+        store.root, indices, offsets, weights, store.handle, numbers, bag_size, mode, max_norm,
         norm_type, scale_grad_by_freq, sparse,
     )  # fmt: skip

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from mlkit.embeddings.fiited.budget import plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.dense import dense_weight, write_dense
-from mlkit.embeddings.fiited.ids import hashed
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.round import RoundStats
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 from mlkit.embeddings.fiited.tables import TableSpec
 from mlkit.embeddings.memory import MemoryReport
-from mlkit.errors import InvalidTypeError, InvalidValueError, nearest
+from mlkit.errors import InvalidTypeError, nearest
 
 __all__ = ["DynamicTable", "resize_store", "resolve_config"]
 
@@ -65,7 +64,7 @@ def resize_store(
         config,
         store.tables.num_rows,
         store.embedding_dim,
-        padding_rows=len(store.tables.padding_rows),
+        padding_rows=len(store.tables.empty_rows),
     )
     store.resize(new.num_chunks)
 
@@ -110,11 +109,6 @@ class DynamicTable(nn.Module):
         scale_grad_by_freq: bool = False,
     ) -> None:
         spec = store.tables.specs[table]
-        if store.config.id_map == "exact":
-            raise InvalidValueError(
-                f"id_map 'exact' is not available for {type(self).__name__} ({spec.name}): "
-                "use 'hash' with more rows than ids"
-            )
         self.store, self.table = store, table
         self.num_embeddings, self.embedding_dim = spec.num_embeddings, store.embedding_dim
         self.padding_idx, self.sparse = spec.padding_idx, store.sparse
@@ -141,19 +135,16 @@ class DynamicTable(nn.Module):
         """Of the table, as it is in messages."""
         return self.store.tables.specs[self.table].name
 
-    def _rows(self, input: Int[Tensor, "*shape"]) -> Int[Tensor, " n"]:
-        """Return the rows of ids, flat."""
+    def _flat(self, input: Int[Tensor, "*shape"]) -> Int[Tensor, " n"]:
         if input.dtype not in (torch.int64, torch.int32):
             raise InvalidTypeError(
                 f"ids of table {self.name!r} must be int64 or int32, got {input.dtype}"
             )
-        if self.store.config.id_map == "hash":
-            input = hashed(input, self.store.tables.specs[self.table], self.store.config.seed)
         return input.reshape(-1)
 
     def _lookup(
         self,
-        rows: Int[Tensor, " n"],
+        ids: Int[Tensor, " n"],
         offsets: Int[Tensor, " bags_plus_1"] | None = None,
         weights: Float[Tensor, " n"] | None = None,
         *,
@@ -162,10 +153,10 @@ class DynamicTable(nn.Module):
     ) -> Float[Tensor, "bags dim"]:
         found = lookup(
             self.store,
-            rows,
+            ids,
             offsets,
             weights,
-            tables=(self.table,),
+            table=self.table,
             bag_size=bag_size,
             mode=mode,
             max_norm=self.max_norm,
