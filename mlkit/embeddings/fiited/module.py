@@ -171,7 +171,7 @@ class DynamicTable(nn.Module):
     def density(self) -> float:
         """Fraction of the table's chunks that have storage now."""
         resident = self.store.resident(self.store.tables.rows_of(self.table))
-        return float(resident.float().mean())
+        return int(resident.sum()) / resident.numel()
 
     def dims(self) -> Int[Tensor, " rows"]:
         """Return the present dimension of every row."""

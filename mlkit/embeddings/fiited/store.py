@@ -87,6 +87,7 @@ class DynamicEmbeddingStore(nn.Module):
         InvalidValueError: For a budget below the headers, or K that does not divide D.
     """
 
+    resizes_on_load = True
     pool: nn.Parameter
     header: Tensor
     keys: Tensor
