@@ -128,7 +128,7 @@ def _encode(utility, number, seed, lowest):
 
 @triton.jit
 def _without_bias(rest, count):
-    """1 - beta^count for rest = 1 - beta; in float64, since little is left after the subtraction."""
+    """1 - beta^count for rest = 1 - beta; in float64, since little is left of it."""
     base = 1.0 - tl.full([1, 1], rest, tl.float32).to(tl.float64)
     power = tl.exp2(count.to(tl.float64) * tl.log2(base))
     return (1.0 - power).to(tl.float32)

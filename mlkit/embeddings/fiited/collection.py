@@ -136,7 +136,7 @@ class DynamicEmbeddingBagCollection(nn.Module):
         names = [table.name for table in self.tables]
         if not names or len(set(names)) < len(names):
             raise InvalidValueError(f"tables must be some, with names of their own, got {names}")
-        sizes = [(sum(t.num_embeddings for t in g), dim) for dim, g in groups.items()]
+        sizes = [([t.num_embeddings for t in group], dim) for dim, group in groups.items()]
         stores = []
         for (dim, group), own in zip(groups.items(), split_budget(config, sizes), strict=True):
             specs = [TableSpec(t.name, t.num_embeddings) for t in group]

@@ -11,6 +11,7 @@ from torch import nn
 
 from mlkit.convert import Candidate, Cost
 from mlkit.embeddings.fiited.bag import DynamicEmbeddingBag
+from mlkit.embeddings.fiited.budget import plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.dense import write_dense
 from mlkit.embeddings.fiited.embedding import DynamicEmbedding
@@ -18,6 +19,7 @@ from mlkit.embeddings.fiited.module import DynamicTable
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 from mlkit.embeddings.fiited.tables import TableSpec
 from mlkit.embeddings.memory import dense_bytes, parse_budget
+from mlkit.errors import InvalidValueError
 
 __all__ = ["FIITEDConverter", "split_budget"]
 
@@ -78,7 +80,7 @@ class FIITEDConverter:
             assert isinstance(site, _Stock)
             groups.setdefault(_kind(site), {})[name] = site
         sizes = [
-            (sum(s.num_embeddings for s in sites.values()), kind.dim)
+            ([site.num_embeddings for site in sites.values()], kind.dim)
             for kind, sites in groups.items()
         ]
         new: dict[str, nn.Module] = {}
@@ -125,19 +127,39 @@ class FIITEDConverter:
         return Cost(rows * dim, dense_bytes(rows, dim, optimizer), dim)
 
 
-def split_budget(config: FIITEDConfig, sizes: Sequence[tuple[int, int]]) -> list[FIITEDConfig]:
-    """Divide a budget over stores of (rows, D), by the bytes of their dense tables.
+def split_budget(
+    config: FIITEDConfig, stores: Sequence[tuple[Sequence[int], int]]
+) -> list[FIITEDConfig]:
+    """Divide a budget over stores: their headers first, the rest by the bytes of the dense tables.
 
-    A fraction or a density holds for each of them as it is.
+    A density holds for each of them as it is.
+
+    Args:
+        config: Its budget is for all of them.
+        stores: The rows of the tables of each, and their dimension.
+
+    Raises:
+        InvalidValueError: If the budget does not hold the headers and a chunk of each store.
     """
-    if config.memory_budget is None or isinstance(config.memory_budget, float):
-        return [config] * len(sizes)
-    optimizer = config.optimizer or config.unfused_optimizer
-    parts = [dense_bytes(rows, dim, optimizer) for rows, dim in sizes]
-    budget = parse_budget(config.memory_budget, sum(parts))
+    if config.memory_budget is None or len(stores) == 1:
+        return [config] * len(stores)
+    spare = config.id_map == "exact"
+    rows = [sum(tables) + spare * len(tables) for tables, _ in stores]
+    least = [plan(config, n, dim, chunks=1) for n, (_, dim) in zip(rows, stores, strict=True)]
+    dense = sum(p.dense_bytes for p in least)
+    budget, fixed = parse_budget(config.memory_budget, dense), sum(p.total_bytes for p in least)
+    if budget < fixed:
+        raise InvalidValueError(
+            f"memory_budget {config.memory_budget!r} is {budget} bytes, but the headers of "
+            f"{sum(rows)} rows and one chunk of each dimension take {fixed} bytes "
+            f"({fixed / dense:.1%} of the dense tables): give at least that, fewer chunks "
+            "(num_chunks), one-byte utilities (utility_dtype='uint8'), or min_rows"
+        )
     return [
-        dataclasses.replace(config, memory_budget=max(1, budget * part // sum(parts)))
-        for part in parts
+        dataclasses.replace(
+            config, memory_budget=p.total_bytes + (budget - fixed) * p.dense_bytes // dense
+        )
+        for p in least
     ]
 
 

@@ -69,12 +69,9 @@ def test_it_trains_as_its_tables_do(layout: str, sparse: bool) -> None:
     theirs = torch.optim.SGD(nn.ModuleList(bags.values()).parameters(), lr=0.1)
     for step in range(3):
         outputs = []
-        for optimizer, call in (
-            (mine, lambda: ours(features(step))),
-            (theirs, lambda: one_by_one(bags, features(step))),
-        ):
+        both = (ours(features(step)), one_by_one(bags, features(step)))
+        for optimizer, found in zip((mine, theirs), both, strict=True):
             optimizer.zero_grad()
-            found = call()
             (found * torch.linspace(-1, 2, found.numel()).view_as(found)).sum().backward()
             optimizer.step()
             outputs.append(found.detach())

@@ -27,7 +27,7 @@ def configs() -> list[Any]:
     make = torchrec.EmbeddingBagConfig
     return [
         make(name="users", num_embeddings=40, embedding_dim=8, feature_names=["user"]),
-        make(name="items", num_embeddings=30, embedding_dim=8, feature_names=["seen", "bought"]),
+        make(name="goods", num_embeddings=30, embedding_dim=8, feature_names=["seen", "bought"]),
         make(
             name="tags", num_embeddings=20, embedding_dim=4, feature_names=["tag", "seen"],
             pooling=mean,
