@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import shutil
 from typing import Any
 
 import pytest
@@ -312,14 +313,17 @@ def test_copies_have_stores_of_their_own(how: str, optimizer: str | None) -> Non
     assert torch.equal(other(ids), other.to_dense()(ids))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", [None, "adagrad"])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_compiled_without_break(mode: str, optimizer: str | None) -> None:
+def test_compiled_without_break(mode: str, optimizer: str | None, backend: str) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("Inductor needs a compiler")
     options = {"optimizer": optimizer, "lr": 0.1, "max_norm": 2.0, "padding_idx": PADDING}
     plain = bag(mode=mode, **options)
     other = copy.deepcopy(plain)
     torch._dynamo.reset()
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(other, backend=backend, fullgraph=True)
     inputs = [batch(seed, ragged=True, dtype=torch.int64) for seed in range(3)]
     expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), inputs)
     found = train(compiled, torch.optim.SGD(other.parameters(), lr=0.1), inputs)
@@ -327,6 +331,17 @@ def test_compiled_without_break(mode: str, optimizer: str | None) -> None:
     torch.testing.assert_close(other.dense_weight(), plain.dense_weight(), **CLOSE)
     rows = slice(0, ROWS)
     torch.testing.assert_close(other.store.utilities(rows), plain.store.utilities(rows))
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd"])
+def test_the_op_is_what_torch_expects(optimizer: str | None) -> None:
+    store = bag(optimizer=optimizer, lr=0.0).store
+    ids, weights = torch.arange(6), torch.rand(6)
+    for offsets, size in ((torch.tensor([0, 2, 6]), 1), (None, 3)):
+        torch.library.opcheck(
+            torch.ops.mlkit.fiited_lookup.default,
+            (store.root, ids, offsets, weights, store.handle, [0], size, "sum", None, 2.0, True, False),
+        )
 
 
 # --------------------------------------------------------------------- bad input
