@@ -12,3 +12,4 @@ from .fiited.optimizer import dynamic_stores as dynamic_stores
 from .fiited.store import DynamicEmbeddingStore as DynamicEmbeddingStore
 from .fiited.tables import TableSpec as TableSpec
 from .memory import MemoryReport as MemoryReport
+from .rowwise_adagrad import RowWiseAdagrad as RowWiseAdagrad

@@ -111,6 +111,11 @@ def test_half_precision_keeps_its_state_in_fp32():
     assert found.dtype == torch.bfloat16
     gradient = float(torch.tensor(1e-3, dtype=torch.bfloat16))
     torch.testing.assert_close(state["sum"], torch.full((4,), 3 * gradient**2))
+    again = RowWiseAdagrad([torch.nn.Parameter(found)])
+    again.load_state_dict(optimizer.state_dict())
+    [loaded] = again.state.values()
+    assert torch.equal(loaded["sum"], state["sum"]), "all bits, of fp32"
+    assert loaded["sum"] is not state["sum"]
 
 
 def test_state_round_trip():

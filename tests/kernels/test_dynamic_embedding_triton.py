@@ -105,9 +105,7 @@ def store(
         first += size + number
     rows = first
     how = HeaderLayout(int(layout == "slab"), int(wide), int(row_state), utility_bytes)
-    words = how.words(chunks)
-    # the reference reads wide addresses only from rows of an even number of words
-    header = torch.zeros(rows, words + words % 2, dtype=torch.int32)
+    header = torch.zeros(rows, how.words(chunks), dtype=torch.int32)
     resident = torch.rand(rows, chunks, generator=g) < density
     for start, _, pad in tables:
         if pad >= 0:
@@ -337,7 +335,7 @@ class TestForward:
     def test_many_programs(self, device, monkeypatch):
         import mlkit_kernels.dynamic_embedding.triton as kernels
 
-        monkeypatch.setattr(kernels, "_TILE", 64)
+        monkeypatch.setattr(kernels, "_TILE", 128)
         storage = store(sizes=(40, 3), layout="slab")
         forward_both(storage, draw(storage, batch=13), device)
 
@@ -377,7 +375,7 @@ class TestForward:
 
 
 class TestBackward:
-    @pytest.mark.parametrize("seed", range(30))
+    @pytest.mark.parametrize("seed", range(20))
     def test_equals_the_reference(self, seed, device):
         backward_both(*pick(seed), device)
 
@@ -385,10 +383,10 @@ class TestBackward:
     def test_hot_rows_and_many_programs(self, optimizer, device, monkeypatch):
         import mlkit_kernels.dynamic_embedding.triton as kernels
 
-        monkeypatch.setattr(kernels, "_TILE", 64)
+        monkeypatch.setattr(kernels, "_TILE", 128)
         storage = store(sizes=(2, 30), chunks=2, optimizer=optimizer, row_state=optimizer != "adam")
         update = Update(optimizer, lr=0.05, keep_new=True)
-        touched = backward_both(storage, draw(storage, batch=10, longest=6), update, device)
+        touched = backward_both(storage, draw(storage, batch=6, longest=6), update, device)
         assert len(touched.new.rows)
 
     def test_random_rounding_is_the_references_bit_for_bit(self, device):
@@ -453,8 +451,7 @@ class TestBackward:
         batch.grad = batch.grad.bfloat16()
         backward_both(storage, batch, Update("sgd", lr=0.1), device)
 
-    def test_the_reference_updates_rows_of_others(self, device):
-        """Rows from elsewhere (other ranks) in any order."""
+    def test_rows_in_any_order(self, device):
         from mlkit_kernels.dynamic_embedding.triton import apply_triton
 
         storage = store(row_state=True, layout="slab")
@@ -517,39 +514,36 @@ class TestOutOfRange:
 
 class TestSelection:
     @pytest.mark.parametrize("seed", range(8))
-    @pytest.mark.parametrize("prefix", [False, True])
-    def test_equals_the_reference(self, seed, prefix, device, monkeypatch):
+    def test_equals_the_reference(self, seed, device, monkeypatch):
         import mlkit_kernels.dynamic_embedding.triton_selection as kernels
 
-        monkeypatch.setattr(kernels, "_TILE", [64, 1024][seed % 2])
         # the reference's exp2 has another last bit in a vector than in what is left over of one
-        codes = kernels.levels(-10, torch.device("cpu"))
+        codes = kernels.levels(-10, torch.device(device)).cpu()
         monkeypatch.setattr(selection, "decode", lambda code, _: codes[code.long()])
         choose = random.Random(seed).choice
+        monkeypatch.setattr(kernels, "_TILE", choose([64, 256, 1024]))
+        prefix = seed % 4 in (1, 2)
         storage = store(
             sizes=choose([(17, 0, 40), (33,), (1, 9)]),
             chunks=[1, 3, 4, 8][seed % 4],
             layout=["chunk", "slab"][seed // 4],
             wide=choose([False, True]),
             row_state=choose([False, True]),
-            utility_bytes=choose([1, 4]),
+            utility_bytes=[1, 4][seed // 2 % 2],
             padding=(-1,),
             seed=seed,
         )
         inverse = torch.rand(len(storage.tables), generator=torch.Generator().manual_seed(seed))
         header, how = storage.header.to(device), (storage.layout, storage.chunks, inverse)
-        for resident in (False, True):
-            options = {"exponent": -10, "prefix": prefix, "resident_only": resident}
+        upper = {"exponent": -10, "prefix": prefix}
+        bins = histogram_reference(storage.header, storage.tables, *how, **upper)
+        lower = {**upper, "resident_only": True, "within": int(bins.sum(0).argmax())}
+        for options in (upper, lower):
             want = histogram_reference(storage.header, storage.tables, *how, **options)
             got = kernels.histogram_triton(header, storage.tables, *how, **options)
-            assert torch.equal(got.cpu(), want)
-            options["within"] = int(want.sum(0).argmax())
-            want = histogram_reference(storage.header, storage.tables, *how, **options)
-            got = kernels.histogram_triton(header, storage.tables, *how, **options)
-            assert want.sum()
             assert torch.equal(got.cpu(), want)
         middle = float(codes[100]) if storage.layout.utility_bytes == 1 else 0.2
-        for low, high in ((middle, middle), (middle / 2, middle * 2), (0.0, math.inf)):
+        for low, high in ((middle / 2, middle), (0.0, math.inf)):
             how = (storage.layout, storage.chunks, inverse, low, high, -10, prefix)
             want = candidates_reference(storage.header, storage.tables, *how)
             got = kernels.candidates_triton(header, storage.tables, *how)
@@ -568,3 +562,94 @@ class TestSelection:
             how = (storage.header.to(device), tables, storage.layout, 4, torch.ones(len(tables)))
             assert histogram_triton(*how).shape == (len(tables), 65536)
             assert [len(t) for t in candidates_triton(*how, 0.5, 0.5)] == [0, 0, 0, 0]
+
+
+HALF, SINGLE, LONG, WORD, BYTE = "*bf16", "*fp32", "*i64", "*i32", "*u8"
+TYPES = {
+    **dict.fromkeys(["header", "keys", "bag_of", "nonfinite"], WORD),
+    **dict.fromkeys(["header_bytes", "new"], BYTE),
+    **dict.fromkeys(["tables", "indices", "offsets", "first_wrong", "starts", "order"], LONG),
+    **dict.fromkeys(["rows", "counts", "found", "evict", "admit"], LONG),
+    **dict.fromkeys(["code_values", "weights", "out", "factors", "grad", "sums"], SINGLE),
+    **dict.fromkeys(["first", "second", "steps", "new_grads", "inverse"], SINGLE),
+    **dict.fromkeys(["evict_scores", "admit_scores"], SINGLE),
+    **dict.fromkeys(["lr", "eps", "beta1", "beta2", "rest1", "rest2"], "fp32"),
+    **dict.fromkeys(["scale", "lowest", "low", "high"], "fp32"),
+    "pool": HALF,
+}
+TILE = {"CHUNKS": 4, "WIDTH": 16, "BLOCK_P": 8, "BLOCK_K": 4, "BLOCK_C": 16}
+SLAB = {"SLAB": True, "WIDE": False}
+CHUNK = {"SLAB": False, "WIDE": True}
+READS = {"OFFSETS": True, "WEIGHTS": True, "MEAN": True}
+ROWS = {"BLOCK_R": 256, "BLOCK_K": 4, "CHUNKS": 4}
+WORDS = {"STATE": 8, "UTILITY": 9}
+
+
+def build(kernel, constants, capability=90, **types):
+    """Compile a kernel; its pointers are multiples of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {**TYPES, **types}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = [n for n in names if signature[n][0] == "*"]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert built.asm["cubin"]
+    return built.asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+def test_compiles_for_gpus_that_are_not_here(monkeypatch, tmp_path):
+    """A lookup becomes machine code with 16-byte loads of chunks; so does the longest update."""
+    from mlkit_kernels.dynamic_embedding import triton, triton_update
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    alone = {"OFFSETS": False, "WEIGHTS": False, "MEAN": False, "offsets": None, "weights": None}
+    lookup = {**TILE, **SLAB, **alone, "BLOCK_B": 32, "BLOCK_P": 1}
+    assert "ld.global.v4.b32" in build(triton._forward_kernel, lookup)
+    update = {"GATHER": True, "FACTORS": True, "KEEP_NEW": True, "KIND": 0, "counts": None}
+    update |= {**TILE, **SLAB, **WORDS, "OPTIMIZER": OPTIMIZERS.index("adam"), "BYTES": 1}
+    build(triton_update.update_kernel, {**update, "BLOCK_R": 4}, bags=WORD)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(capability, monkeypatch, tmp_path):
+    from mlkit_kernels.dynamic_embedding import (
+        triton,
+        triton_reads,
+        triton_selection,
+        triton_update,
+    )
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    whole = {**TILE, "CHUNKS": 1, "WIDTH": 64, "BLOCK_K": 1, "BLOCK_C": 64}
+    sums = {**whole, "FACTORS": True, "BLOCK_R": 4}
+    build(triton_update.reduce_kernel, sums, capability, bags=WORD)
+    built = [
+        (triton._forward_kernel, {**TILE, **CHUNK, **READS, "BLOCK_B": 4}),
+        (triton_reads.locate_kernel, {**READS, "BLOCK_B": 64, "BLOCK_P": 8}),
+    ]
+    for number, layout in ((4, CHUNK), (1, SLAB)):
+        score = {**ROWS, **layout, "UTILITY": 9, "BYTES": number, "PREFIX": number == 1}
+        count = {"RESIDENT": True, "WITHIN": True, "NUM_BINS": 65536}
+        built += [
+            (triton_selection._histogram_kernel, score | count),
+            (triton_selection._candidates_kernel, {**score, "STORE": number == 4}),
+        ]
+    names = ["starts", "order", "bags", "factors", "new_grads"]
+    for optimizer in range(len(OPTIMIZERS)):
+        update = {**TILE, **CHUNK, **WORDS, "OPTIMIZER": optimizer, "KIND": optimizer % 4}
+        update |= dict.fromkeys(names) | {"GATHER": False, "FACTORS": False, "KEEP_NEW": False}
+        built += [(triton_update.update_kernel, {**update, "BYTES": 4, "BLOCK_R": 32})]
+    for kernel, constants in built:
+        build(kernel, constants, capability)

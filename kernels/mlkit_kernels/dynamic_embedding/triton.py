@@ -19,12 +19,10 @@ smallest position of an index outside its table (nothing is read for such an ind
 for the new rows.
 
 Not measured on a GPU yet; sizes of tiles not tuned. A row that is read very often is summed by one
-program, `_READS` reads at a time. Pools are float32 or bfloat16, states float32.
+program, `READS` reads at a time. Pools are float32 or bfloat16, states float32.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -37,52 +35,37 @@ from mlkit_kernels.dynamic_embedding.header import HeaderLayout
 from mlkit_kernels.dynamic_embedding.reference import (
     OPTIMIZERS,
     UTILITIES,
-    IndexOutOfRange,
     RowGradients,
     Touched,
     Update,
 )
 from mlkit_kernels.dynamic_embedding.triton_header import levels, seed_bits, slots_of
+from mlkit_kernels.dynamic_embedding.triton_reads import (
+    READS,
+    Reads,
+    bag_bounds,
+    check_range,
+    count_bags,
+    reads_at_once,
+    rows_of,
+    sort_reads,
+    table_of,
+)
+from mlkit_kernels.dynamic_embedding.triton_selection import candidates_triton, histogram_triton
 from mlkit_kernels.dynamic_embedding.triton_update import reduce_kernel, update_kernel
 
-__all__ = ["apply_triton", "backward_triton", "forward_triton", "reduce_triton"]
+__all__ = [
+    "apply_triton",
+    "backward_triton",
+    "candidates_triton",
+    "forward_triton",
+    "histogram_triton",
+    "reduce_triton",
+]
 
 _TILE = 2048
 """Numbers that a program holds at once, unless one row has more."""
-_READS = 8
-"""Reads of a row that a program sums at once."""
 _POOL_TYPES = (torch.float32, torch.bfloat16)
-
-
-@triton.jit
-def _indices(
-    tables,
-    indices,
-    first_wrong,
-    table,
-    at,
-    here,
-):
-    """Row of the header and whether it counts, for the indices at `at`; wrong ones are reported."""
-    first = tl.load(tables + table * 3, mask=here, other=0)
-    size = tl.load(tables + table * 3 + 1, mask=here, other=0)
-    padding = tl.load(tables + table * 3 + 2, mask=here, other=0)
-    index = tl.load(indices + at, mask=here, other=0).to(tl.int64)
-    wrong = here & ((index < 0) | (index >= size))
-    place = tl.min(tl.where(wrong, at, 0x7FFFFFFFFFFFFFFF), 0)
-    tl.atomic_min(first_wrong, place, mask=tl.max(wrong.to(tl.int32), 0) != 0, sem="relaxed")
-    return first + index, here & (wrong == 0) & (index != padding)
-
-
-@triton.jit
-def _bag_bounds(offsets, bag, bags, bag_size, OFFSETS: tl.constexpr):
-    if OFFSETS:
-        start = tl.load(offsets + bag, mask=bag < bags, other=0).to(tl.int64)
-        end = tl.load(offsets + bag + 1, mask=bag < bags, other=0).to(tl.int64)
-    else:
-        start = bag.to(tl.int64) * bag_size
-        end = tl.where(bag < bags, start + bag_size, start)
-    return start, end
 
 
 @triton.jit(do_not_specialize=["bags", "batch"])
@@ -116,12 +99,13 @@ def _forward_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
     c = tl.arange(0, BLOCK_C)[None, None, :]
     bag = tl.program_id(0) * BLOCK_B + q // BLOCK_P
-    start, end = _bag_bounds(offsets, bag, bags, bag_size, OFFSETS)
+    start, end = bag_bounds(offsets, bag, bags, bag_size, OFFSETS)
+    first, size, padding = table_of(tables, bag // batch, bag < bags)
     total = tl.zeros([BLOCK_B, BLOCK_K * BLOCK_C], tl.float32)
     length = tl.zeros([BLOCK_B], tl.int32)
     for done in range(0, tl.max(end - start, 0).to(tl.int32), BLOCK_P):
         at = start + done + q % BLOCK_P
-        row, counts = _indices(tables, indices, first_wrong, bag // batch, at, at < end)
+        row, counts = rows_of(indices, first, size, padding, first_wrong, at, at < end)
         words = header + (row * row_words)[:, None]
         slots = slots_of(words, counts[:, None], k, SLAB, WIDE, CHUNKS)[:, :, None]
         value = tl.load(pool + slots * WIDTH + c, mask=(slots >= 0) & (c < WIDTH), other=0.0)
@@ -139,148 +123,6 @@ def _forward_kernel(
     line = (b % batch).to(tl.int64) * out_stride + (b // batch) * (CHUNKS * WIDTH)
     inside = (b < bags) & (d // BLOCK_C < CHUNKS) & (d % BLOCK_C < WIDTH)
     tl.store(out + line + (d // BLOCK_C) * WIDTH + d % BLOCK_C, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["bags", "batch"])
-def _locate_kernel(
-    tables,
-    indices,
-    offsets,
-    weights,
-    keys,
-    bag_of,
-    factors,
-    first_wrong,
-    bags,
-    batch,
-    bag_size,
-    nowhere,
-    OFFSETS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    MEAN: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Row of each index (`nowhere` for padding and wrong ones), its bag, and its factor, if any."""
-    bag = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    start, end = _bag_bounds(offsets, bag, bags, bag_size, OFFSETS)
-    p = tl.arange(0, BLOCK_P)[None, :]
-    longest = tl.max(end - start, 0).to(tl.int32)
-    q = tl.zeros([BLOCK_B, BLOCK_P], tl.int32)
-    bag_q = (bag[:, None] + q).reshape([BLOCK_B * BLOCK_P])
-    length = tl.zeros([BLOCK_B], tl.int32)
-    for done in range(0, longest, BLOCK_P):
-        at = start[:, None] + done + p
-        here = (at < end[:, None]).reshape([BLOCK_B * BLOCK_P])
-        at = at.reshape([BLOCK_B * BLOCK_P])
-        row, counts = _indices(tables, indices, first_wrong, bag_q // batch, at, here)
-        tl.store(keys + at, tl.where(counts, row, nowhere).to(keys.dtype.element_ty), mask=here)
-        tl.store(bag_of + at, bag_q, mask=here)
-        if MEAN:
-            length += tl.sum(counts.to(tl.int32).reshape([BLOCK_B, BLOCK_P]), 1)
-    if WEIGHTS or MEAN:
-        share = tl.full([BLOCK_B], 1.0, tl.float32)
-        if MEAN:
-            share = tl.div_rn(share, tl.maximum(length, 1).to(tl.float32))
-        for done in range(0, longest, BLOCK_P):
-            at = start[:, None] + done + p
-            factor = share[:, None] + q.to(tl.float32)
-            if WEIGHTS:
-                factor *= tl.load(weights + at, mask=at < end[:, None], other=0.0).to(tl.float32)
-            tl.store(factors + at, factor, mask=at < end[:, None])
-
-
-class _Reads(NamedTuple):
-    """The indices of a call in the order of their rows.
-
-    `order[starts[i] : starts[i + 1]]` are the positions that read `rows[i]`.
-    """
-
-    rows: Tensor
-    starts: Tensor
-    order: Tensor
-    bags: Tensor
-    factors: Tensor | None
-    batch: int
-
-
-def _num_bags(indices: Tensor, offsets: Tensor | None, bag_size: int) -> int:
-    return indices.numel() // bag_size if offsets is None else offsets.numel() - 1
-
-
-def _raise_out_of_range(
-    position: int,
-    tables: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    bag_size: int,
-    batch: int,
-) -> None:
-    if offsets is None:
-        bag = position // bag_size
-    else:
-        bag = int(torch.searchsorted(offsets.cpu(), position, right=True)) - 1
-    table = bag // batch
-    raise IndexOutOfRange(table, int(indices[position]), int(tables[table, 1]))
-
-
-def _reads(
-    tables: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    bag_size: int,
-    weights: Tensor | None,
-    mode: str,
-) -> _Reads:
-    """Find the distinct rows of a call; one wait for the host."""
-    device, num = indices.device, indices.numel()
-    bags = _num_bags(indices, offsets, bag_size)
-    batch = max(bags // len(tables), 1)
-    nowhere = int((tables[:, 0] + tables[:, 1]).max())
-    key_type = torch.int32 if nowhere < 1 << 31 else torch.int64
-    keys = torch.empty(num, dtype=key_type, device=device)
-    bag_of = torch.empty(num, dtype=torch.int32, device=device)
-    has_factors = weights is not None or mode == "mean"
-    factors = torch.empty(num, dtype=torch.float32, device=device) if has_factors else None
-    if num == 0:
-        none = keys.long()
-        return _Reads(none, none.new_zeros(1), none, bag_of, factors, batch)
-    first_wrong = torch.full((1,), num, dtype=torch.int64, device=device)
-    block_p = _reads_at_once(num, bags)
-    block_b = 512 // block_p
-    _locate_kernel[(triton.cdiv(bags, block_b),)](
-        tables.to(device),
-        indices.contiguous(),
-        offsets,
-        None if weights is None else weights.contiguous(),
-        keys,
-        bag_of,
-        factors,
-        first_wrong,
-        bags,
-        batch,
-        bag_size,
-        nowhere,
-        OFFSETS=offsets is not None,
-        WEIGHTS=weights is not None,
-        MEAN=mode == "mean",
-        BLOCK_B=block_b,
-        BLOCK_P=block_p,
-    )
-    keys, order = keys.sort(stable=True)
-    segment = torch.zeros(num, dtype=torch.int64, device=device)
-    torch.cumsum(keys[1:] != keys[:-1], 0, out=segment[1:])
-    distinct = segment[-1:] + (keys[-1:] != nowhere)
-    position, found = torch.cat([first_wrong, distinct]).tolist()
-    if position < num:
-        _raise_out_of_range(position, tables, indices, offsets, bag_size, batch)
-    starts = torch.searchsorted(segment, torch.arange(found + 1, device=device))
-    return _Reads(keys[starts[:-1]].long(), starts, order, bag_of, factors, batch)
-
-
-def _reads_at_once(num: int, groups: int) -> int:
-    """Return the power of two that covers the mean size of a group, at most `_READS`."""
-    return min(triton.next_power_of_2(max(triton.cdiv(num, max(groups, 1)), 1)), _READS)
 
 
 def _blocks(num_chunks: int, width: int, reads: int) -> dict[str, int]:
@@ -336,14 +178,14 @@ def forward_triton(
     """
     _check(pool=pool)
     device, num, width = indices.device, indices.numel(), pool.shape[1]
-    bags = _num_bags(indices, offsets, bag_size)
+    bags = count_bags(indices, offsets, bag_size)
     batch, dim = max(bags // len(tables), 1), num_chunks * width
     out = torch.zeros(
         bags // len(tables), len(tables) * dim, dtype=torch.float32, device=header.device
     )
     if num == 0:
         return out
-    blocks = _blocks(num_chunks, width, _reads_at_once(num, bags))
+    blocks = _blocks(num_chunks, width, reads_at_once(num, bags))
     groups = blocks.pop("groups")
     first_wrong = torch.full((1,), num, dtype=torch.int64, device=device)
     _forward_kernel[(triton.cdiv(bags, groups),)](
@@ -370,9 +212,7 @@ def forward_triton(
         BLOCK_B=groups,
         **blocks,
     )
-    position = int(first_wrong)
-    if position < num:
-        _raise_out_of_range(position, tables, indices, offsets, bag_size, batch)
+    check_range(int(first_wrong), tables, indices, offsets, bag_size, batch)
     return out
 
 
@@ -386,12 +226,12 @@ def reduce_triton(
     mode: str,
 ) -> RowGradients:
     """Sum the gradient of each distinct row as `reduce_gradients` does, float32."""
-    reads = _reads(tables, indices, offsets, bag_size, weights, mode)
+    reads = sort_reads(tables, indices, offsets, bag_size, weights, mode)
     dim = grad.shape[1] // len(tables)
     num = len(reads.rows)
     sums = torch.empty(num, dim, dtype=torch.float32, device=grad.device)
     if num:
-        blocks = _blocks(1, dim, _READS)
+        blocks = _blocks(1, dim, READS)
         groups = blocks.pop("groups")
         grad = grad if grad.stride(1) == 1 else grad.contiguous()
         reduce_kernel[(triton.cdiv(num, groups),)](
@@ -422,7 +262,7 @@ def _update(
     rows: Tensor,
     counts: Tensor,
     grad: Tensor,
-    reads: _Reads | None,
+    reads: Reads | None,
     update: Update,
 ) -> Touched:
     """Launch `update_kernel`; `grad` is that of the output if there are `reads`."""
@@ -439,7 +279,7 @@ def _update(
         return Touched(RowGradients(rows, counts, sums[:0]), 0)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     first, second, steps = (*states, None, None, None)[:3]
-    blocks = _blocks(num_chunks, width, _READS if gathers else 1)
+    blocks = _blocks(num_chunks, width, READS if gathers else 1)
     groups = blocks.pop("groups")
     state = layout.address_words(num_chunks)
     update_kernel[(triton.cdiv(num, groups),)](
@@ -527,7 +367,7 @@ def backward_triton(
     update: Update,
 ) -> Touched:
     """`reduce_triton` and `apply_triton` at once; no gradient of a row is stored but those kept."""
-    reads = _reads(tables, indices, offsets, bag_size, weights, mode)
+    reads = sort_reads(tables, indices, offsets, bag_size, weights, mode)
     counts = reads.starts.diff() if update.keep_new else reads.rows
     return _update(
         header, pool, states, layout, num_chunks, reads.rows, counts, grad, reads, update

@@ -254,7 +254,7 @@ class DynamicEmbeddingBagCollection(nn.Module):
             torch.cat(values),
             None if offsets is None else torch.cat(offsets),
             weights,
-            table=call.tables,
+            tables=call.tables,
             bag_size=jagged[0].size if offsets is None else 1,
             mode=call.mode,
         )

@@ -32,10 +32,10 @@ _library.define(
     "bool scale_grad_by_freq, bool sparse) -> Tensor"
 )
 _library.define(
-    f"fiited_lookup_backward(Tensor grad, {_BATCH}, bool scale_grad_by_freq, bool sparse) -> Tensor"
+    "fiited_rows(Tensor ids, Tensor? offsets, int handle, int[] tables, bool collect) -> Tensor"
 )
 _library.define(
-    "fiited_rows(Tensor ids, Tensor? offsets, int handle, int[] tables, bool collect) -> Tensor"
+    f"fiited_lookup_backward(Tensor grad, {_BATCH}, bool scale_grad_by_freq, bool sparse) -> Tensor"
 )
 
 
@@ -196,7 +196,7 @@ def lookup(
     offsets: Int[Tensor, " bags_plus_1"] | None = None,
     weights: Float[Tensor, " n"] | None = None,
     *,
-    table: int | Sequence[int] | None = None,
+    tables: Sequence[int] | None = None,
     bag_size: int = 1,
     mode: str = "sum",
     max_norm: float | None = None,
@@ -210,8 +210,8 @@ def lookup(
         indices: Ids, int64 or int32: rows within their tables where `id_map` is "identity".
         offsets: Beginnings of the bags and the end, ordered by table; None for equal sizes.
         weights: A factor for each index; it gets no gradient.
-        table: Number of the table that is read, or of some, one after the other (the same may come
-            twice); None for all.
+        tables: Numbers of the tables that are read, one after the other; the same may come twice.
+            None for all of them.
         bag_size: Indices of each bag where there are no offsets.
         mode: "sum" or "mean".
         max_norm: Rows that are read and are longer are shortened to this length, in place.
@@ -219,21 +219,23 @@ def lookup(
         scale_grad_by_freq: Divide the gradient of a row by how often it was read.
 
     Returns:
-        Float32 (float64 for a pool of float64). Compiled code gives the pool dense gradients, where
-        the store says `sparse`, too.
+        Float32 (float64 for a pool of float64). Compiled code gives the pool dense gradients, even
+        where the store says `sparse`.
 
     Raises:
         IndexOutOfRange: For an index outside its table, with both names.
         InvalidValueError: For offsets that do not begin with 0, decrease, or do not end with the
             number of indices.
     """
-    numbers = store.tables.numbers(table)
+    if tables is None:
+        tables = range(len(store.tables.specs))
+    tables = list(tables)
     if store.config.id_map != "identity":
         collect = store.training and torch.is_grad_enabled()
-        indices = torch.ops.mlkit.fiited_rows(indices, offsets, store.handle, numbers, collect)
+        indices = torch.ops.mlkit.fiited_rows(indices, offsets, store.handle, tables, collect)
     is_eager = type(indices) is Tensor and not torch.compiler.is_compiling()
     run = _Lookup.apply if is_eager else torch.ops.mlkit.fiited_lookup
     return run(
-        store.root, indices, offsets, weights, store.handle, numbers, bag_size, mode, max_norm,
+        store.root, indices, offsets, weights, store.handle, tables, bag_size, mode, max_norm,
         norm_type, scale_grad_by_freq, store.sparse and is_eager,
     )  # fmt: skip

@@ -156,7 +156,7 @@ class DynamicTable(nn.Module):
             ids,
             offsets,
             weights,
-            table=self.table,
+            tables=(self.table,),
             bag_size=bag_size,
             mode=mode,
             max_norm=self.max_norm,

@@ -132,12 +132,12 @@ class DynamicEmbeddingStore(nn.Module):
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
         self.process_group: Any = "auto"
-        self._loading: list[str] | None = None
-        self._register()
         self.grad_scale = 1.0
         self.follow_checkpoints = False
         self._driver: weakref.ref[Any] | None = None
         self._group_number = 0
+        self._loading: list[str] | None = None
+        self._register()
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -177,7 +177,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._log_scale = 0.0
         self._exponent = _FIRST_EXPONENT
         self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
-        self._pending: list[tuple[tuple[int, ...], RowGradients]] = []
+        self._pending: list[tuple[Sequence[int], RowGradients]] = []
         self.num_dropped = 0
         self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
         self.unseen: list[Tensor] = []
@@ -219,15 +219,15 @@ class DynamicEmbeddingStore(nn.Module):
             self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
 
     @property
+    def root(self) -> nn.Parameter:
+        """What the graph of a lookup hangs on."""
+        return self.pool if self.config.optimizer is None else self.anchor
+
+    @property
     def states(self) -> list[Tensor]:
         """States of a fused optimizer that are indexed by slot."""
         slots, width = self.pool.shape
         return [getattr(self, name) for name in self._state_shapes(slots, width)]
-
-    @property
-    def root(self) -> nn.Parameter:
-        """What the graph of a lookup hangs on."""
-        return self.pool if self.config.optimizer is None else self.anchor
 
     @property
     def placement(self) -> Placement:
@@ -255,7 +255,7 @@ class DynamicEmbeddingStore(nn.Module):
     def map_ids(
         self,
         ids: Int[Tensor, " n"],
-        table: int | Sequence[int] | None,
+        tables: Sequence[int],
         offsets: Tensor | None = None,
         *,
         collect: bool = False,
@@ -264,17 +264,16 @@ class DynamicEmbeddingStore(nn.Module):
 
         Args:
             ids: Any 64-bit integers, or rows where `id_map` is "identity".
-            table: Number of the table, or of some whose ids follow each other; None for all.
+            tables: Numbers of the tables whose ids these are, one after the other.
             offsets: Of the bags, to tell the tables apart.
             collect: Whether ids that an exact map does not know get rows in the next `step()`.
         """
         if self.config.id_map == "identity":
             return ids
-        numbers = self.tables.numbers(table)
-        number: int | Tensor = numbers[0]
-        if len(numbers) > 1:
-            place = table_of(len(ids), len(numbers), offsets, ids.device)
-            number = torch.tensor(numbers, device=ids.device)[place]
+        number: int | Tensor = tables[0]
+        if len(tables) > 1:
+            place = table_of(len(ids), len(tables), offsets, ids.device)
+            number = torch.tensor(tables, device=ids.device)[place]
         if self.exact_ids is None:
             return hash_rows(self.tables, ids, number, self.config.seed)
         rows = self.exact_ids.find(ids, number)
@@ -376,8 +375,9 @@ class DynamicEmbeddingStore(nn.Module):
         self._register()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if self._placement is not None:  # it holds the header that is replaced now
-            self._saved_free, self._placement = self._placement.free(), None
+        if self._placement is not None and not self.header.is_meta:
+            self._saved_free = self._placement.free()
+        self._placement = None  # it holds the header that is replaced now
         return super()._apply(fn, recurse)
 
     # -------------------------------------------------------------------- values
@@ -521,7 +521,7 @@ class DynamicEmbeddingStore(nn.Module):
     @torch.no_grad()
     def backward(
         self,
-        table: int | Sequence[int] | None,
+        tables: Sequence[int],
         indices: Tensor,
         offsets: Tensor | None,
         bag_size: int,
@@ -530,12 +530,12 @@ class DynamicEmbeddingStore(nn.Module):
         mode: str,
         *,
         scale_grad_by_freq: bool = False,
-        sparse: bool | None = None,
+        sparse: bool = False,
     ) -> Tensor | None:
         """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
 
         Args:
-            table: Number of the table, or of some; None for all of them at once.
+            tables: Numbers of the tables that were read.
             indices: As in the lookup, and so on.
             offsets: See the kernels.
             bag_size: See the kernels.
@@ -543,21 +543,20 @@ class DynamicEmbeddingStore(nn.Module):
             grad: Of the lookup's output.
             mode: "sum" or "mean".
             scale_grad_by_freq: Divide the gradient of a row by how often it was read.
-            sparse: Whether the gradient of the pool is; None for the store's own way.
+            sparse: Whether the gradient of the pool is.
 
         Returns:
             The gradient of the pool, dense or sparse; None in fused mode.
         """
-        numbers = self.tables.numbers(table)
-        metadata, per_row = self.tables.metadata(numbers), self.config.num_chunks
+        per_row = self.config.num_chunks
+        metadata, grad = self.tables.metadata(tuple(tables)), grad.contiguous()
+        if any(after <= before for before, after in itertools.pairwise(tables)):
+            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
         update, group = self.update(), self.group()
         fused = self.config.optimizer is not None
-        grad = grad.contiguous()
-        if any(after <= before for before, after in itertools.pairwise(numbers)):
-            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
-        waiting = self._waiting(numbers) if fused else None
-        is_plain = self.grad_scale == 1 and not scale_grad_by_freq
+        waiting = self._waiting(tables) if fused else None
         local = None
+        is_plain = self.grad_scale == 1 and not scale_grad_by_freq
         if fused and group is None and waiting is None and is_plain:
             touched = kernels.backward(
                 self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
@@ -566,8 +565,8 @@ class DynamicEmbeddingStore(nn.Module):
         else:
             local = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
             if scale_grad_by_freq:
-                counts = local.counts.to(local.grads.dtype).unsqueeze(1)
-                local = local._replace(grads=local.grads / counts)
+                counts = local.counts.to(local.grads.dtype)
+                local = local._replace(grads=local.grads / counts.unsqueeze(1))
             gradients = self._shared(local, update, group)
             touched = kernels.apply(
                 self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
@@ -578,38 +577,16 @@ class DynamicEmbeddingStore(nn.Module):
                 late = torch.isin(gradients.rows, waiting)
                 late &= ~torch.isin(gradients.rows, touched.new.rows)
                 if bool(late.any()):
-                    self._pending.append((numbers, RowGradients(*(x[late] for x in gradients))))
+                    self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
         new = self._without_spare(touched.new)
         if len(new.rows):
-            self._pending.append((numbers, new))
-        if fused or local is None:
-            return None
-        return self._pool_gradient(local, self.sparse if sparse is None else sparse)
+            self._pending.append((tables, new))
+        return None if fused or local is None else self._pool_gradient(local, sparse)
 
-    def _as_one_table(
-        self,
-        metadata: Tensor,
-        indices: Tensor,
-        offsets: Tensor | None,
-        bag_size: int,
-        grad: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn a batch that reads a table twice into one of the whole header.
-
-        The kernels sum gradients by table, so a table may occur only once among theirs.
-        """
-        place = table_of(len(indices), len(metadata), offsets, indices.device)
-        first, _, pad = metadata.to(indices.device).unbind(1)
-        padding = next(iter(self.tables.padding_rows), -1)
-        rows = torch.where(indices == pad[place], padding, indices + first[place])
-        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.unflatten(1, (len(metadata), -1)).transpose(0, 1).flatten(0, 1)
-        return whole, rows, by_bag.contiguous()
-
-    def _waiting(self, numbers: tuple[int, ...]) -> Tensor | None:
+    def _waiting(self, tables: Sequence[int]) -> Tensor | None:
         """Return rows of these tables that an earlier backward pass of this step found new."""
-        found = [p.rows for known, p in self._pending if not set(known).isdisjoint(numbers)]
+        found = [p.rows for t, p in self._pending if not set(t).isdisjoint(tables)]
         return torch.cat(found) if found else None
 
     def _shared(self, local: RowGradients, update: Update, group: Any) -> RowGradients:
@@ -633,6 +610,26 @@ class DynamicEmbeddingStore(nn.Module):
         self.layout.utilities(self.header, self.config.num_chunks)[rows] = 0
         if self.layout.row_state:
             self.layout.state(self.header, self.config.num_chunks)[rows] = 0
+
+    def _as_one_table(
+        self,
+        metadata: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        bag_size: int,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn a batch that reads a table twice into one of the whole header.
+
+        The kernels sum gradients by table, so a table may occur only once among theirs.
+        """
+        place = table_of(len(indices), len(metadata), offsets, indices.device)
+        first, _, pad = metadata.to(indices.device).unbind(1)
+        padding = next(iter(self.tables.padding_rows), -1)
+        rows = torch.where(indices == pad[place], padding, indices + first[place])
+        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
+        by_bag = grad.unflatten(1, (len(metadata), -1)).transpose(0, 1).flatten(0, 1)
+        return whole, rows, by_bag.contiguous()
 
     def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
         slots = self.placement.slots(gradients.rows)

@@ -84,15 +84,9 @@ class Tables:
         first = self.first[number]
         return slice(first, first + self.specs[number].num_embeddings)
 
-    def numbers(self, table: int | Sequence[int] | None) -> tuple[int, ...]:
-        """Return the numbers of one table, of some, or, for None, of all."""
-        if table is None:
-            return tuple(range(len(self.specs)))
-        return (table,) if isinstance(table, int) else tuple(table)
-
-    def metadata(self, table: int | Sequence[int] | None = None) -> Int[Tensor, "tables 3"]:
-        """Return what the kernels take of `numbers(table)`."""
-        numbers = self.numbers(table)
+    def metadata(self, numbers: tuple[int, ...] | None = None) -> Int[Tensor, "tables 3"]:
+        """Return what the kernels take of some tables; of all by default."""
+        numbers = tuple(range(len(self.specs))) if numbers is None else numbers
         found = self._metadata.get(numbers)
         if found is None:
             found = self._metadata[numbers] = self._tensor(numbers)

@@ -96,6 +96,14 @@ def test_importance_in_mean_mode_and_over_several_backward_passes():
     assert bag.sketch.scores[bucket, slot].tolist() == pytest.approx([2, 1, 1])
 
 
+def test_importance_in_mean_mode_is_shared_among_the_ids_of_a_bag():
+    bag = CAFEEmbeddingBag(500, 4, memory_budget=8000, threshold=1e9, padding_idx=9)
+    bag(torch.tensor([1, 9, 2, 4]), torch.tensor([0, 2])).sum().backward()
+    bag.step()
+    _, bucket, slot = bag.sketch.locate(torch.tensor([1, 2, 4]))
+    assert bag.sketch.scores[bucket, slot].tolist() == pytest.approx([1.5, 0.75, 0.75])
+
+
 def test_eval_and_no_grad_earn_nothing():
     bag = make(threshold=0.1)
     with torch.no_grad():
@@ -203,7 +211,7 @@ def test_rows_have_one_owner_whatever_happens(seed, threshold, decay_every, budg
         own = physical < bag.hot_rows
         assert len(physical[own].unique()) == int(own.sum()), "no two ids share a row of their own"
         assert {int(physical[i]): i for i in own.nonzero().flatten().tolist()} == after
-        assert bag.memory_bytes().total_bytes <= budget
+        assert bag.memory_report().total_bytes <= budget
 
 
 def test_auto_threshold_uses_all_rows():
@@ -289,7 +297,7 @@ def test_two_ranks_decide_alike():
         ({"threshold": 0.0}, "threshold must be above 0"),
         ({"decay": 0.0}, "decay must be in"),
         ({"decay": 1.1}, "decay must be in"),
-        ({"decay_every": 0}, "decay_every must be an integer of at least 1, got 0"),
+        ({"decay_every": 0}, "decay_every must be at least 1, got 0"),
         ({"rows": 1 << 31}, "less than 2\\^31"),
         ({"budget": 10}, "too small for a CAFE table of dimension 4: the minimum is 120 bytes"),
     ],
@@ -311,7 +319,7 @@ def test_bad_optimizers():
 def test_bytes_by_hand():
     """Rows of 16 + 4 bytes; 48 of sketch and 4 of the stack for each hot one; 28 of counters."""
     bag = make(budget=8000, padding_idx=0)
-    report = bag.memory_bytes()
+    report = bag.memory_report()
     rows = bag.hot_rows + bag.hashed_rows + 1
     assert report.weight_bytes == 16 * rows
     assert report.optimizer_bytes == 4 * rows

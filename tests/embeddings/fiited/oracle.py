@@ -72,7 +72,9 @@ class MaskedOracle:
         self.config, self.sizes, self.target = config, list(sizes), target
         self.shares, self.torch_optimizer = list(shares), torch_optimizer
         self.first = np.concatenate([[0], np.cumsum(sizes)])
-        self.padding = {int(f + p) for f, p in zip(self.first, padding, strict=False) if p is not None}
+        self.padding = {
+            int(f + p) for f, p in zip(self.first, padding, strict=False) if p is not None
+        }
         rows, dim = initial.shape
         self.k = config.num_chunks
         self.width = dim // self.k
@@ -94,7 +96,12 @@ class MaskedOracle:
     # one step -----------------------------------------------------------------------------------
 
     def _bags(
-        self, table: int, ids: Sequence[int], offsets: Sequence[int], weights: Array | None, mode: str
+        self,
+        table: int,
+        ids: Sequence[int],
+        offsets: Sequence[int],
+        weights: Array | None,
+        mode: str,
     ) -> list[list[tuple[int, float]]]:
         """(row, coefficient) of each position of each bag, without padding."""
         bags = []
@@ -189,7 +196,9 @@ class MaskedOracle:
         norm = np.sqrt((gradient**2).sum(1))
         kind = self.config.utility
         if kind != "l2":
-            self.utility[row] += {"freq_grad": accesses * norm, "freq": accesses, "grad": norm}[kind]
+            self.utility[row] += {"freq_grad": accesses * norm, "freq": accesses, "grad": norm}[
+                kind
+            ]
 
     def _update(self, row: int, gradient: Array) -> None:
         c = self.config
@@ -258,9 +267,7 @@ class MaskedOracle:
         assert int(self.mask.sum()) <= self.target
         return found
 
-    def _decide(
-        self, score: Array, part: slice, target: int
-    ) -> tuple[list[int], list[int], int]:
+    def _decide(self, score: Array, part: slice, target: int) -> tuple[list[int], list[int], int]:
         """The pseudocode of a round: chunks to evict, chunks to admit, chunks on the wrong side."""
         resident = self.mask.reshape(-1)[part]
         ranked = np.sort(score)[::-1]

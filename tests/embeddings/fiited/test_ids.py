@@ -24,7 +24,7 @@ def make_store(rows=(20,), *, padding=None, id_map="exact", density=1.0, **setti
 
 
 def train(store, ids, table=0):
-    lookup(store, torch.tensor(ids), table=table).sum().backward()
+    lookup(store, torch.tensor(ids), tables=[table]).sum().backward()
     return store.step()
 
 
@@ -123,7 +123,7 @@ def test_a_large_table_fills_to_nineteen_twentieths():
 def test_unknown_ids_read_as_zeros_and_get_rows_after_the_step():
     store = make_store()
     ids = [-7, 1 << 60, 5, 5]
-    out = lookup(store, torch.tensor(ids), table=0)
+    out = lookup(store, torch.tensor(ids), tables=[0])
     assert not out.any()
     keys = store.keys.clone()
     out.sum().backward()
@@ -132,7 +132,7 @@ def test_unknown_ids_read_as_zeros_and_get_rows_after_the_step():
     rows = store.exact_ids.find(torch.tensor(ids), 0)
     assert (rows < 20).all()
     assert len(rows.unique()) == 3
-    assert torch.equal(lookup(store, torch.tensor(ids), table=0), store.read(rows))
+    assert torch.equal(lookup(store, torch.tensor(ids), tables=[0]), store.read(rows))
     assert store.read(rows).any(1).all()
 
 
@@ -148,10 +148,10 @@ def test_new_ids_get_storage_where_there_is_some():
 def test_evaluation_learns_no_ids():
     store = make_store()
     store.eval()
-    lookup(store, torch.tensor([3]), table=0)
+    lookup(store, torch.tensor([3]), tables=[0])
     store.train()
     with torch.no_grad():
-        lookup(store, torch.tensor([3]), table=0)
+        lookup(store, torch.tensor([3]), tables=[0])
     store.step()
     assert store.exact_ids.find(torch.tensor([3]), 0).tolist() == [20]
 
@@ -159,9 +159,9 @@ def test_evaluation_learns_no_ids():
 def test_spare_rows_earn_nothing_and_count_in_a_mean():
     store = make_store((4, 3), density=1.0, optimizer="rowwise_adagrad")
     train(store, [10, 11], table=1)
-    before = lookup(store, torch.tensor([10]), table=1).detach()
+    before = lookup(store, torch.tensor([10]), tables=[1]).detach()
     offsets = torch.tensor([0, 2])
-    out = lookup(store, torch.tensor([10, 99]), offsets, table=1, mode="mean")
+    out = lookup(store, torch.tensor([10, 99]), offsets, tables=[1], mode="mean")
     assert torch.equal(out, before / 2)
     out.sum().backward()
     for row in store.tables.spare_rows:
@@ -176,8 +176,8 @@ def test_all_tables_at_once_equal_one_at_a_time(id_map):
     offsets = torch.tensor([0, 2, 3, 3, 6])
     for _ in range(3):
         parts = [
-            lookup(one, ids[:3], offsets[:3], table=0),
-            lookup(one, ids[3:], offsets[2:] - 3, table=1),
+            lookup(one, ids[:3], offsets[:3], tables=[0]),
+            lookup(one, ids[3:], offsets[2:] - 3, tables=[1]),
         ]
         whole = lookup(all_, ids, offsets)
         assert torch.equal(whole, torch.cat(parts, 1))
@@ -193,10 +193,10 @@ def test_padding_is_an_id_for_the_user():
     store = make_store((6,), padding=4)
     train(store, [4, 100])
     assert store.exact_ids.find(torch.tensor([4]), 0).tolist() == [4]
-    assert not lookup(store, torch.tensor([4]), table=0).any()
+    assert not lookup(store, torch.tensor([4]), tables=[0]).any()
     offsets = torch.tensor([0, 2])
-    mean = lookup(store, torch.tensor([4, 100]), offsets, table=0, mode="mean")
-    assert torch.equal(mean, lookup(store, torch.tensor([100]), table=0))
+    mean = lookup(store, torch.tensor([4, 100]), offsets, tables=[0], mode="mean")
+    assert torch.equal(mean, lookup(store, torch.tensor([100]), tables=[0]))
     train(store, list(range(50, 60)))
     assert len({int(r) for r in store.exact_ids.find(torch.arange(50, 60), 0)} - {4, 6}) == 4
 
@@ -240,4 +240,4 @@ def test_keys_are_counted_and_saved():
     other = make_store((50,), density=0.5)
     other.load_state_dict(store.state_dict())
     ids = torch.tensor([-4, 3, 9, 8])
-    assert torch.equal(lookup(other, ids, table=0), lookup(store, ids, table=0))
+    assert torch.equal(lookup(other, ids, tables=[0]), lookup(store, ids, tables=[0]))

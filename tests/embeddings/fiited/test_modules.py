@@ -340,7 +340,20 @@ def test_the_op_is_what_torch_expects(optimizer: str | None) -> None:
     for offsets, size in ((torch.tensor([0, 2, 6]), 1), (None, 3)):
         torch.library.opcheck(
             torch.ops.mlkit.fiited_lookup.default,
-            (store.root, ids, offsets, weights, store.handle, [0], size, "sum", None, 2.0, True, False),
+            (
+                store.root,
+                ids,
+                offsets,
+                weights,
+                store.handle,
+                [0],
+                size,
+                "sum",
+                None,
+                2.0,
+                True,
+                False,
+            ),
         )
 
 

@@ -66,7 +66,7 @@ def test_scheduled_training_equals_torch_optim(name, reference):
     ours, theirs = FusedEmbeddingOptimizer(store), reference(dense.parameters())
     schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (ours, theirs)]
     for ids, target in batches(7):
-        for optimizer, output in ((ours, lookup(store, ids, table=0)), (theirs, dense(ids))):
+        for optimizer, output in ((ours, lookup(store, ids, tables=[0])), (theirs, dense(ids))):
             optimizer.zero_grad()
             loss_of(output, target).backward()
             optimizer.step()
@@ -85,7 +85,7 @@ def test_eps_and_betas_follow_the_group():
     optimizer.param_groups[0] |= {"eps": 0.5, "betas": (0.5, 0.7)}
     for ids, target in batches(2):
         for store in (one, two):
-            loss_of(lookup(store, ids, table=0), target).backward()
+            loss_of(lookup(store, ids, tables=[0]), target).backward()
             store.step()
     assert torch.equal(one.pool, two.pool)
 
@@ -95,7 +95,7 @@ def test_learning_rate_may_be_a_tensor():
     optimizer = FusedEmbeddingOptimizer(store)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
     before = store.pool.clone()
-    lookup(store, torch.arange(5), table=0).sum().backward()
+    lookup(store, torch.arange(5), tables=[0]).sum().backward()
     assert torch.equal(store.pool, before)
 
 
@@ -106,7 +106,7 @@ def test_step_runs_the_closure_once_and_steps_every_store_once():
 
     def closure():
         calls.append(torch.is_grad_enabled())
-        loss = lookup(model.first, torch.arange(3), table=0).sum()
+        loss = lookup(model.first, torch.arange(3), tables=[0]).sum()
         loss.backward()
         return loss
 
@@ -133,7 +133,7 @@ def test_state_goes_on_with_its_schedule():
 
     def run(store, optimizer, schedule, data):
         for ids, target in data:
-            loss_of(lookup(store, ids, table=0), target).backward()
+            loss_of(lookup(store, ids, tables=[0]), target).backward()
             optimizer.step()
             schedule.step()
 
@@ -157,7 +157,7 @@ def test_copy_drives_the_copied_store(copied):
     (theirs,) = other.stores
     assert theirs is not store
     assert theirs.driver is other
-    lookup(theirs, torch.arange(3), table=0).sum().backward()
+    lookup(theirs, torch.arange(3), tables=[0]).sum().backward()
     other.step()
     assert torch.equal(theirs.pool, store.pool)
     assert (theirs.steps, store.steps) == (1, 0)
@@ -172,7 +172,7 @@ def test_fused_accumulation_is_two_updates_and_one_step():
     optimizer = FusedEmbeddingOptimizer(store)
     reference = torch.optim.SGD(dense.parameters(), lr=0.1)
     for ids, target in batches(2):
-        loss_of(lookup(store, ids, table=0), target).backward()
+        loss_of(lookup(store, ids, tables=[0]), target).backward()
         reference.zero_grad()
         loss_of(dense(ids), target).backward()
         reference.step()
@@ -187,7 +187,7 @@ def test_unfused_accumulation_is_one_update_with_the_sum():
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (store, dense)]
     store.register_optimizer(optimizers[0])
     for ids, target in batches(2):
-        loss_of(lookup(store, ids, table=0), target).backward()
+        loss_of(lookup(store, ids, tables=[0]), target).backward()
         loss_of(dense(ids), target).backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -202,7 +202,7 @@ def test_utilities_of_both_passes_add_up(optimizer):
         store.register_optimizer(torch.optim.SGD(store.parameters(), lr=0.1))
     ids, ones = torch.tensor([3, 3, 4]), torch.ones(3, DIM)
     for scale in (1.0, 2.0):
-        lookup(store, ids, table=0).backward(scale * ones)
+        lookup(store, ids, tables=[0]).backward(scale * ones)
     # accesses times norm of the row's gradient: 2 * |2 * 1| * sqrt(4) and twice that
     expected = torch.tensor([[8.0 + 16.0] * 2, [2.0 + 4.0] * 2])
     torch.testing.assert_close(store.utilities(slice(3, 5)), expected)
@@ -215,7 +215,7 @@ def test_new_row_takes_all_gradients_of_its_first_step(optimizer):
     for ids in ([4, 9], [9, 4, 11], [9]):
         for each in (store, placed):
             grad = torch.arange(len(ids) * DIM).view(len(ids), DIM) / 10
-            lookup(each, torch.tensor(ids), table=0).backward(grad)
+            lookup(each, torch.tensor(ids), tables=[0]).backward(grad)
     store.step()
     placed.step()
     rows = torch.tensor([4, 9, 11])
@@ -233,7 +233,7 @@ def test_loss_scale_does_not_change_utilities():
         store.register_optimizer(torch.optim.SGD(store.parameters(), lr=0.1))
         store.grad_scale = scale
         for ids, target in batches(2):
-            (loss_of(lookup(store, ids, table=0), target) * scale).backward()
+            (loss_of(lookup(store, ids, tables=[0]), target) * scale).backward()
     assert torch.equal(plain.header, scaled.header)
     assert torch.equal(1024 * plain.pool.grad, scaled.pool.grad)
 
@@ -278,7 +278,7 @@ def test_reused_slots_have_no_stale_momentum():
     def train(rows, steps):
         for _ in range(steps):
             optimizer.zero_grad()
-            (lookup(store, rows, table=0) * factor).sum().backward()
+            (lookup(store, rows, tables=[0]) * factor).sum().backward()
             optimizer.step()
 
     old, new = torch.arange(15), torch.arange(15, 30)

@@ -52,8 +52,12 @@ def stream(seed: int, steps: int, dim: int, sizes: tuple[int, ...]) -> Iterator[
             mode = "mean" if step % 3 == 0 else "sum"
             weights = rng.uniform(0.2, 2, len(ids)) if step % 3 == 1 else None
             offsets = [0, *np.cumsum(lengths).tolist()]
-            typical = np.stack([scale[table][ids[a:b]].mean(0) if b > a else np.ones(dim)
-                                for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+            typical = np.stack(
+                [
+                    scale[table][ids[a:b]].mean(0) if b > a else np.ones(dim)
+                    for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+                ]
+            )
             grad = rng.normal(size=(5, dim)) * typical
             # the store computes in float32, and the oracle must see the same numbers
             grad = grad.astype(np.float32).astype(np.float64)
@@ -66,15 +70,27 @@ def stream(seed: int, steps: int, dim: int, sizes: tuple[int, ...]) -> Iterator[
 class Pair:
     """A store and its oracle, fed with the same stream."""
 
-    def __init__(self, config: FIITEDConfig, dim: int, *, sparse: bool = False, torch_optimizer: str | None = None) -> None:
-        specs = [TableSpec(f"t{n}", size, pad) for n, (size, pad) in enumerate(zip(SIZES, PADDING, strict=True))]
+    def __init__(
+        self,
+        config: FIITEDConfig,
+        dim: int,
+        *,
+        sparse: bool = False,
+        torch_optimizer: str | None = None,
+    ) -> None:
+        specs = [
+            TableSpec(f"t{n}", size, pad)
+            for n, (size, pad) in enumerate(zip(SIZES, PADDING, strict=True))
+        ]
         self.store = DynamicEmbeddingStore(specs, dim, config, sparse=sparse)
         rows = self.store.tables.num_rows
         initial = initial_values(config, self.store.tables, torch.arange(rows), dim)
         real = [n - (p is not None) for n, p in zip(SIZES, PADDING, strict=True)]
         target = self.store.target
         shares = [target * n // sum(real) for n in real]
-        self.oracle = MaskedOracle(config, SIZES, PADDING, initial.numpy(), target, shares, torch_optimizer)
+        self.oracle = MaskedOracle(
+            config, SIZES, PADDING, initial.numpy(), target, shares, torch_optimizer
+        )
         self.optimizer: Any = None
         if torch_optimizer is not None:
             kinds = {
@@ -101,18 +117,24 @@ class Pair:
             parts = []
             for table, batch in enumerate(batches):
                 ids, offsets, weights, _ = batch.tensors()
-                parts.append(lookup(store, ids, offsets, weights, table=table, mode=batch.mode))
+                parts.append(lookup(store, ids, offsets, weights, tables=[table], mode=batch.mode))
         for table, (batch, found) in enumerate(zip(batches, parts, strict=True)):
             out.append((found * batch.tensors()[3]).sum())
-            expected = self.oracle.lookup(table, batch.ids, batch.offsets, batch.weights, batch.mode)
+            expected = self.oracle.lookup(
+                table, batch.ids, batch.offsets, batch.weights, batch.mode
+            )
             np.testing.assert_allclose(found.detach().numpy(), expected, **TOLERANCE)
         root.grad = None
         sum(out).backward()
         for table, batch in enumerate(batches):
-            self.oracle.backward(table, batch.ids, batch.offsets, batch.grad, batch.weights, batch.mode)
+            self.oracle.backward(
+                table, batch.ids, batch.offsets, batch.grad, batch.weights, batch.mode
+            )
         if self.optimizer is not None:
             self.optimizer.step()
-            stats = store.rounds[-1] if store.rounds and store.rounds[-1].step == store.steps else None
+            stats = (
+                store.rounds[-1] if store.rounds and store.rounds[-1].step == store.steps else None
+            )
         else:
             stats = store.step()
         outcome = self.oracle.step(target)
@@ -151,7 +173,9 @@ CASES = {
     "no hysteresis": dict(optimizer="sgd", hysteresis=0.0),
     "quick decay": dict(optimizer="sgd", decay=0.05, hysteresis=0.0),
     "accesses": dict(optimizer="sgd", utility="freq", decay=1.0, normalize="none"),
-    "accesses, no hysteresis": dict(optimizer="sgd", utility="freq", decay=1.0, normalize="none", hysteresis=0.0),
+    "accesses, no hysteresis": dict(
+        optimizer="sgd", utility="freq", decay=1.0, normalize="none", hysteresis=0.0
+    ),
     "gradient alone, sampled": dict(optimizer="sgd", utility="grad", utility_every=3),
     "norms": dict(optimizer="adagrad", eps=1e-3, utility="l2"),
     "initial values again": dict(optimizer="sgd", admission="init"),
@@ -161,8 +185,16 @@ CASES = {
 
 
 def config_of(**changes: Any) -> FIITEDConfig:
-    base = dict(target_density=0.35, num_chunks=4, schedule="fixed", prune_every=4, trigger=0.0,
-                lr=0.05, decay=0.8, init_scale=0.5)
+    base = dict(
+        target_density=0.35,
+        num_chunks=4,
+        schedule="fixed",
+        prune_every=4,
+        trigger=0.0,
+        lr=0.05,
+        decay=0.8,
+        init_scale=0.5,
+    )
     return FIITEDConfig(**{**base, **changes})
 
 
@@ -232,7 +264,7 @@ def test_a_gradient_that_is_not_finite_earns_nothing() -> None:
         for table, batch in enumerate(batches):
             grad = torch.tensor(batch.grad, dtype=torch.float32)
             offsets = torch.tensor(batch.offsets)
-            pair.store.backward(table, ids[table], offsets, 1, None, grad, "sum")
+            pair.store.backward([table], ids[table], offsets, 1, None, grad, "sum")
             pair.oracle.backward(table, batch.ids, batch.offsets, batch.grad)
         pair.store.step()
         with np.errstate(invalid="ignore"):  # such a row's weights are NaN, as torch has it
@@ -240,7 +272,9 @@ def test_a_gradient_that_is_not_finite_earns_nothing() -> None:
     assert pair.store.num_nonfinite == pair.oracle.bad_rows > 0
     found = pair.store.utilities(slice(0, pair.store.tables.num_rows)).numpy()
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, pair.oracle.utility * config.decay_per_step, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        found, pair.oracle.utility * config.decay_per_step, rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_array_equal(found > 0, pair.oracle.utility > 0)
 
 
@@ -267,7 +301,9 @@ def test_lowering_the_target_evicts_the_lowest_scores(layout: str) -> None:
 
 
 def test_a_ramp_descends_with_the_oracle() -> None:
-    config = config_of(optimizer="sgd", target_density=0.2, ramp=(5, 20), prune_every=5, ramp_from=0.9)
+    config = config_of(
+        optimizer="sgd", target_density=0.2, ramp=(5, 20), prune_every=5, ramp_from=0.9
+    )
     pair = Pair(config, DIM)
     chunks = 4 * sum(SIZES)
     final = int(0.2 * chunks)
