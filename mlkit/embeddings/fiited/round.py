@@ -143,7 +143,7 @@ class Round:
             total = sum(self._size(t) for t in range(len(tables)))
             return [
                 _Group(
-                    store.tables.metadata(t),
+                    store.tables.metadata((t,)),
                     one[:1],
                     store.target * self._size(t) // total,
                     int(store.resident(store.tables.rows_of(t)).sum()),

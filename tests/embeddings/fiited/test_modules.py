@@ -333,6 +333,8 @@ def test_compiled_without_break(mode: str, optimizer: str | None, backend: str) 
     torch.testing.assert_close(other.store.utilities(rows), plain.store.utilities(rows))
 
 
+# Of opcheck itself, which looks at the gradient of a tensor that it made.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("optimizer", [None, "sgd"])
 def test_the_op_is_what_torch_expects(optimizer: str | None) -> None:
     store = bag(optimizer=optimizer, lr=0.0).store
