@@ -290,9 +290,10 @@ def _optimize(
         steps[at] += 1
         first[at] = (update.beta1 * first[at] + (1 - update.beta1) * g).to(first.dtype)
         second[at] = (update.beta2 * second[at] + (1 - update.beta2) * g.square()).to(second.dtype)
-        count = steps[at].to(g.dtype).unsqueeze(1)
-        m = first[at].to(g.dtype) / (1 - update.beta1**count)
-        v = second[at].to(g.dtype) / (1 - update.beta2**count)
+        # Little is left after the subtraction: in float32 it would have four digits.
+        count = steps[at].double().unsqueeze(1)
+        m = first[at].to(g.dtype) / (1 - update.beta1**count).to(g.dtype)
+        v = second[at].to(g.dtype) / (1 - update.beta2**count).to(g.dtype)
         step = update.lr * m / (v.sqrt() + update.eps)
     value = _compute(pool[at]) - step
     pool[at] = _rounded(value, at, update.seed) if pool.dtype == torch.bfloat16 else value
