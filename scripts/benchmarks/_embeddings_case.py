@@ -199,7 +199,11 @@ def bags(case: Case, optimizer: str, device: str = "cpu") -> Provider:
         for _ in range(case.tables)
     ]  # fmt: skip
     grads = list(_gradient(case, device).split(case.dim, dim=1))
-    updater = getattr(torch.optim, optimizer)([table.weight for table in tables], lr=_LR)
+    weights = [table.weight for table in tables]
+    updater = {
+        "Adagrad": lambda: torch.optim.Adagrad(weights, lr=_LR, eps=_EPS),
+        "SGD": lambda: torch.optim.SGD(weights, lr=_LR),
+    }[optimizer]()
 
     def forward(indices: Tensor) -> Sequence[Tensor]:
         parts = indices.view(case.tables, case.batch, 1)
