@@ -126,9 +126,9 @@ def store_of(
     return store
 
 
-def ours(case: Case, density: float, device: str = "cpu", **options: Any) -> Provider:
+def ours(case: Case, store: DynamicEmbeddingStore) -> Provider:
     """All tables in one call, the optimizer fused."""
-    store = store_of(case, density, device, **options)
+    device = store.header.device.type
     grad = _gradient(case, device)
 
     def forward(indices: Tensor) -> Tensor:

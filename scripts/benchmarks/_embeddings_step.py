@@ -18,6 +18,7 @@ from scripts.benchmarks._embeddings_case import (
     batches,
     has_fbgemm,
     ours,
+    store_of,
     tbe,
 )
 from scripts.benchmarks._embeddings_limit import bound_ms
@@ -62,7 +63,7 @@ def adagrad_bytes(case: Case) -> int:
 def provider_of(case: Case, name: str, density: float, optimizer: str) -> Provider:
     """Build one provider by its short name: "ours", "tbe" or "bags"."""
     if name == "ours":
-        return ours(case, density, optimizer=optimizer)
+        return ours(case, store_of(case, density, optimizer=optimizer))
     return (tbe if name == "tbe" else bags)(case, optimizer)
 
 
@@ -170,7 +171,8 @@ def _check(bench: Bench) -> None:
     if has_fbgemm():
         pairs += [("sgd", tbe, "sgd"), ("rowwise_adagrad", tbe, "rowwise_adagrad")]
     for fused, peer, name in pairs:
-        mine, theirs = ours(case, 1.0, optimizer=fused), peer(case, name)
+        mine = ours(case, store_of(case, 1.0, optimizer=fused))
+        theirs = peer(case, name)
         for batch in batches(case, IDS[1], 2):
             mine.step(batch)
             theirs.step(batch)
