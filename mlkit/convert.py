@@ -37,7 +37,16 @@ __all__ = [
 ]
 
 _CONVERTERS: dict[str, str] = {
+    "mlkit.embeddings.fiited.config.FIITEDConfig": (
+        "mlkit.embeddings.fiited.converter:FIITEDConverter"
+    ),
     "mlkit.sparsity.config.LTEConfig": "mlkit.sparsity.converter:LTEConverter",
+    **{
+        f"mlkit.embeddings.baselines.config.{name}": (
+            "mlkit.embeddings.baselines.converter:BaselineConverter"
+        )
+        for name in ("CAFEConfig", "HashingConfig", "MDEConfig", "NarrowConfig", "QRConfig")
+    },
 }
 _TAG = "_mlkit_conversion"
 
