@@ -75,14 +75,18 @@ def bookkeeping(density: float, steps: int, **sizes: int) -> dict[str, float]:
         return call
 
     store.step()  # step 0 would count whatever `utility_every` is
-    found = alternate({"every 1": step(1, 1), "never": step(_NEVER, 1), "every 4": step(4, 4)}, steps)
+    found = alternate(
+        {"every 1": step(1, 1), "never": step(_NEVER, 1), "every 4": step(4, 4)}, steps
+    )
     return {name: statistics.median(samples) for name, samples in found.items()}
 
 
 def options(steps: int, **sizes: int) -> dict[str, float]:
     """Median CPU seconds of a step by the options of the store, in turn."""
     case = Case(**sizes)
-    providers = {name: ours(case, store_of(case, 0.25, **given)) for name, given in _OPTIONS.items()}
+    providers = {
+        name: ours(case, store_of(case, 0.25, **given)) for name, given in _OPTIONS.items()
+    }
     given = batches(case, IDS[0], steps + 1)
 
     def step(name: str) -> Callable[[], float]:

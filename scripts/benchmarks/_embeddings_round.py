@@ -88,7 +88,12 @@ def measure(rounds: int, **sizes: int) -> dict[str, float]:
         stats = timed.run(force=True)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         assert isinstance(stats, RoundStats)
-        for name, value in {"cpu": cpu, "wall": wall, "churn": stats.churn, **timed.seconds}.items():
+        for name, value in {
+            "cpu": cpu,
+            "wall": wall,
+            "churn": stats.churn,
+            **timed.seconds,
+        }.items():
             samples.setdefault(name, []).append(value)
         samples.setdefault("tidying", []).append(cpu - sum(timed.seconds.values()))
     found = {name: statistics.median(values) for name, values in samples.items()}

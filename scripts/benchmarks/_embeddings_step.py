@@ -104,9 +104,7 @@ def measure(
 # --------------------------------------------------------------------------------------- rows
 
 
-def _case_rows(
-    bench: Bench, case: Case, dim: int, speeds: Mapping[str, float]
-) -> Iterator[Row]:
+def _case_rows(bench: Bench, case: Case, dim: int, speeds: Mapping[str, float]) -> Iterator[Row]:
     asked: dict[str, tuple[str, float, str]] = {
         f"mlkit {density}": ("ours", density, "rowwise_adagrad") for density in _DENSITIES
     }
