@@ -92,6 +92,11 @@ class HeaderLayout(NamedTuple):
         slots = (address >> num_chunks) + resident.cumsum(1) - 1
         return torch.where(resident.bool(), slots, -1)
 
+    def unpack(self, addresses: Int[Tensor, " rows"], num_chunks: int) -> tuple[Tensor, Tensor]:
+        """Return first slots and masks (int64) of the one column of addresses of `slab`."""
+        address = addresses.long() if self.wide else addresses.long() & _U32
+        return address >> num_chunks, address & (1 << num_chunks) - 1
+
     def pack(
         self, base: Int[Tensor, " rows"], mask: Int[Tensor, " rows"], num_chunks: int
     ) -> Tensor:

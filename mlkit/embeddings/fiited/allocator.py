@@ -7,6 +7,8 @@ give equal addresses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from mlkit.errors import RunError
 
 __all__ = ["OutOfPagesError", "SlabAllocator", "SlotStack"]
+
+_PAGES = 1 << 10  # pages that are looked through at a time
 
 
 class OutOfPagesError(RunError):
@@ -68,32 +72,40 @@ class SlabAllocator:
     `collect` is called. Units are named by their first slot.
 
     Args:
-        used: int64 [rows]: first slots of the units in use.
-        sizes: int64 [rows]: their classes, 1..K.
+        used: Blocks of units in use: int64 first slots, and int64 classes, 1..K.
         num_slots: Slots of the pool, a multiple of `page_slots`.
         page_slots: Slots of a page, a multiple of every class.
         num_classes: K.
+        device: Of the lists.
     """
 
     def __init__(
-        self, used: Tensor, sizes: Tensor, num_slots: int, page_slots: int, num_classes: int
+        self,
+        used: Iterable[tuple[Tensor, Tensor]],
+        num_slots: int,
+        page_slots: int,
+        num_classes: int,
+        device: torch.device,
     ) -> None:
         self.page_slots = page_slots
-        self._device = used.device
+        self._device = device
         num_pages = num_slots // page_slots
-        self.page_class = torch.zeros(num_pages, dtype=torch.uint8, device=used.device)
-        self.page_class[used // page_slots] = sizes.to(torch.uint8)
+        self.page_class = torch.zeros(num_pages, dtype=torch.uint8, device=device)
+        taken = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        for units, sizes in used:
+            self.page_class[units // page_slots] = sizes.to(torch.uint8)
+            taken[units] = True
         free = (self.page_class == 0).nonzero().squeeze(1).flip(0)
-        self._pages = torch.empty(num_pages, dtype=torch.int32, device=used.device)
+        self._pages = torch.empty(num_pages, dtype=torch.int32, device=device)
         self._pages[: len(free)] = free.int()
         self.num_free_pages = len(free)
         self._units: list[Tensor] = [self._none() for _ in range(num_classes + 1)]
         for size in range(1, num_classes + 1):
-            pages = (self.page_class == size).nonzero().squeeze(1)
-            units = self._units_of(pages, size)
-            taken = torch.zeros(num_slots, dtype=torch.bool, device=used.device)
-            taken[used[sizes == size]] = True
-            self._units[size] = units[~taken[units]].flip(0).int()
+            found = [self._none()]
+            for pages in (self.page_class == size).nonzero().squeeze(1).split(_PAGES):
+                units = self._units_of(pages, size)
+                found.append(units[~taken[units]].int())
+            self._units[size] = torch.cat(found).flip(0)
 
     def _none(self) -> Tensor:
         return torch.zeros(0, dtype=torch.int32, device=self._device)
@@ -101,6 +113,14 @@ class SlabAllocator:
     def _units_of(self, pages: Tensor, size: int) -> Tensor:
         step = torch.arange(0, self.page_slots, size, device=self._device)
         return (pages.long().unsqueeze(1) * self.page_slots + step).flatten()
+
+    def has_room(self, counts: Sequence[int]) -> bool:
+        """Whether so many units of each class (from class 0 on) can be had without a compaction."""
+        pages = 0
+        for size in range(1, len(self._units)):
+            missing = max(counts[size] - len(self._units[size]), 0)
+            pages += -(-missing * size // self.page_slots)
+        return pages <= self.num_free_pages
 
     def allocate(self, size: int, count: int) -> Int[Tensor, " count"]:
         """Take `count` units of a class; their first slots, int64.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mlkit.embeddings.fiited.initial import initial_values
-from mlkit.embeddings.fiited.placement import masks_of
 from mlkit_kernels.dynamic_embedding import Candidates, kth_largest, percentile
 from mlkit_kernels.dynamic_embedding import op as kernels
 
@@ -92,8 +91,8 @@ class Round:
             threshold = self._threshold(group)
             # One below the threshold, as candidates are above it and its own chunk is one of them.
             found = self._candidates(group, threshold or _LEAST, _below(threshold))
-            misplaced += int((found.evict_scores < threshold).sum())
-            misplaced += int((found.admit_scores > threshold).sum())
+            misplaced += int(torch.count_nonzero(found.evict_scores < threshold))
+            misplaced += int(torch.count_nonzero(found.admit_scores > threshold))
             out, new = self._choose(group, threshold, found)
             evict.append(out)
             admit.append(new)
@@ -202,9 +201,8 @@ class Round:
             evict, evict_scores = self._lowest(group, num_out)
         # Best first, lower number first; worst first, higher number first: with `prefix` a row's
         # later chunk never stays without an earlier one.
-        best = torch.sort(admit_scores, descending=True, stable=True).indices[:num_new]
-        worst = torch.sort(evict_scores.flip(0), stable=True).indices[:num_out]
-        return evict.flip(0)[worst], admit[best]
+        worst = _first(-evict_scores.flip(0), num_out).flip(0)
+        return evict[worst], admit[_first(admit_scores, num_new)]
 
     def _lowest(self, group: _Group, count: int) -> tuple[Tensor, Tensor]:
         """Return at least the `count` residents with the lowest scores."""
@@ -216,20 +214,31 @@ class Round:
 
     def _apply(self, evict: Tensor, admit: Tensor) -> None:
         store, per_row = self._store, self._config.num_chunks
-        rows = torch.unique(torch.cat([evict, admit]) // per_row)
+        # A byte for each row of the header takes less than sorting the rows, in time and in memory.
+        flips = torch.zeros(len(store.header), dtype=torch.uint8, device=store.header.device)
+        for numbers in (evict, admit):
+            flips.index_add_(0, numbers // per_row, (1 << numbers % per_row).to(torch.uint8))
+        rows = flips.nonzero().squeeze(1)
         if not len(rows):
             return
-        resident = store.placement.slots(rows) >= 0
-        for numbers, value in ((evict, False), (admit, True)):
-            place = torch.searchsorted(rows, numbers // per_row)
-            resident[place, numbers % per_row] = value
-        store.placement.set_masks(rows, masks_of(resident))
+        store.placement.set_masks(rows, store.placement.masks(rows) ^ flips.index_select(0, rows))
         if self._config.admission == "init" and len(admit):
             row, chunk = admit // per_row, admit % per_row
             values = initial_values(self._config, store.tables, row, store.embedding_dim)
             values = values.view(len(row), per_row, -1)[torch.arange(len(row)), chunk]
             at = store.placement.slots(row)[torch.arange(len(row)), chunk]
             store.pool.detach()[at] = values.to(store.pool.dtype)
+
+
+def _first(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` largest scores; of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    last = torch.kthvalue(scores, len(scores) - count + 1).values
+    chosen = scores > last
+    ties = (scores == last).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen
 
 
 def _below(score: float) -> float:
