@@ -52,7 +52,7 @@ def train(store: DynamicEmbeddingStore, steps: int, *, seed: int = 0) -> None:
         loss = torch.zeros(())
         for table, spec in enumerate(store.tables.specs):
             ids = torch.tensor(rng.integers(0, spec.num_embeddings, 20))
-            out = lookup(store, ids, table=table)
+            out = lookup(store, ids, tables=(table,))
             loss = loss + (out * torch.tensor(rng.normal(size=out.shape), dtype=torch.float32)).sum()
         loss.backward()
         store.step()
@@ -164,7 +164,7 @@ def test_the_state_of_a_torch_optimizer_counts() -> None:
     store = DynamicEmbeddingStore(SPECS, 32, config)
     optimizer = torch.optim.Adagrad([store.pool])
     store.register_optimizer(optimizer)
-    out = lookup(store, torch.arange(20), table=0)
+    out = lookup(store, torch.arange(20), tables=(0,))
     out.sum().backward()
     optimizer.step()
     report = store.memory_report()
@@ -210,7 +210,7 @@ def test_free_units_between_rounds_are_in_the_plan() -> None:
         store.put_utilities(rows, utility)
         store.prune_now(force=True)
         assert store.num_resident == 600 + holes
-        lookup(store, torch.tensor([900]), table=0).sum().backward()
+        lookup(store, torch.tensor([900]), tables=(0,)).sum().backward()
         store.step()
         assert store.memory_report().total_bytes <= store.plan.total_bytes
         reached = max(reached, store.placement._allocator.num_free_units)
