@@ -11,11 +11,13 @@ kernels themselves: an op written in Python costs some 15 microseconds more for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from mlkit_kernels.dynamic_embedding.dispatch import (
     as_touched,
@@ -40,7 +42,6 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_UPDATE_FIELDS = len(Update._fields)
 
 _LAYOUT = "int[4] layout, int num_chunks"
 _BATCH = "Tensor indices, Tensor? offsets, int bag_size, Tensor? weights"
@@ -48,12 +49,14 @@ _UPDATE = (
     "str optimizer, float lr, float eps, float beta1, float beta2, str utility, float scale, "
     "int exponent, int seed, bool keep_new, str backend"
 )
+# An argument `mode` of an op that writes clashes with one of PyTorch's own.
 _SCHEMAS = (
-    f"forward(Tensor header, Tensor pool, Tensor tables, {_LAYOUT}, {_BATCH}, str mode, "
+    f"forward(Tensor header, Tensor pool, Tensor tables, {_LAYOUT}, {_BATCH}, str pooling, "
     "str backend) -> Tensor",
     "backward(Tensor(a!) header, Tensor(b!) pool, Tensor(c!)[] states, Tensor tables, "
-    f"{_LAYOUT}, {_BATCH}, Tensor grad, str mode, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"reduce(Tensor tables, {_BATCH}, Tensor grad, str mode, str backend) "
+    f"{_LAYOUT}, {_BATCH}, Tensor grad, str pooling, {_UPDATE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"reduce(Tensor tables, {_BATCH}, Tensor grad, str pooling, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     f"apply(Tensor(a!) header, Tensor(b!) pool, Tensor(c!)[] states, {_LAYOUT}, Tensor rows, "
     f"Tensor counts, Tensor grads, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -291,21 +294,12 @@ def _parts(found: Touched) -> tuple[Tensor, ...]:
     return *found.new, torch.tensor(found.num_nonfinite)
 
 
-def _backward_op(
-    header: Tensor,
-    pool: Tensor,
-    states: list[Tensor],
-    tables: Tensor,
-    layout: list[int],
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *batch, backend = rest
-    update = Update(*batch[-_UPDATE_FIELDS:])
-    arguments = batch[:-_UPDATE_FIELDS]
-    found = run_backward(
-        header, pool, states, tables, HeaderLayout(*layout), *arguments, update, backend
-    )
-    return _parts(found)
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    header, pool, states, tables, layout, *batch = arguments[:12]
+    *update, backend = arguments[12:]
+    storage = (header, pool, states, tables, HeaderLayout(*layout))
+    everything: list[Any] = [*storage, *batch, Update(*update), backend]
+    return _parts(run_backward(*everything))
 
 
 def _reduce_op(*arguments: Any) -> tuple[Tensor, ...]:
@@ -365,9 +359,9 @@ def _forward_fake(
     return pool.new_empty(bags // tables.shape[0], width, dtype=dtype)
 
 
-def _some_rows(like: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return fake row gradients, of which only the data tell how many there are."""
-    size = torch.library.get_ctx().new_dynamic_size()
+def _some_rows(like: Tensor, dim: int, any_rows: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fake row gradients: none, or as many as only the data can tell."""
+    size = torch.library.get_ctx().new_dynamic_size() if any_rows else 0
     rows = like.new_empty(size, dtype=torch.int64)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return rows, torch.empty_like(rows), like.new_empty(size, dim, dtype=dtype)
@@ -385,9 +379,11 @@ def _backward_fake(
     bag_size: int,
     weights: Tensor | None,
     grad: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return *_some_rows(grad, num_chunks * pool.shape[1]), torch.empty((), dtype=torch.int64)
+    return *_some_rows(grad, num_chunks * pool.shape[1], rest[-2]), torch.empty(
+        (), dtype=torch.int64
+    )
 
 
 def _reduce_fake(
@@ -411,9 +407,9 @@ def _apply_fake(
     rows: Tensor,
     counts: Tensor,
     grads: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return *_some_rows(grads, grads.shape[1]), torch.empty((), dtype=torch.int64)
+    return *_some_rows(grads, grads.shape[1], rest[-2]), torch.empty((), dtype=torch.int64)
 
 
 def _histogram_fake(header: Tensor, tables: Tensor, *_: Any) -> Tensor:
@@ -429,7 +425,7 @@ def _candidates_fake(header: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (_forward_op, _forward_fake),
     "backward": (_backward_op, _backward_fake),
     "reduce": (_reduce_op, _reduce_fake),
@@ -441,5 +437,6 @@ for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
     _run, _fake = _IMPLEMENTATIONS[_name]
     _library.define(f"dynamic_embedding_{_schema}")
-    _library.impl(f"dynamic_embedding_{_name}", _run, "CompositeExplicitAutograd")
+    # Where a graph breaks at an op, its implementation must not be traced in its place.
+    _library.impl(f"dynamic_embedding_{_name}", _disable_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mlkit::dynamic_embedding_{_name}", _fake, lib=_library)

@@ -150,7 +150,10 @@ def candidates_reference(
 
     The thresholds are float32; padding rows have no utility, so that they are never found.
     """
-    evict, evict_scores, admit, admit_scores = [], [], [], []
+    evict: list[Tensor] = []
+    evict_scores: list[Tensor] = []
+    admit: list[Tensor] = []
+    admit_scores: list[Tensor] = []
     for table, start, stop in _blocks(tables):
         rows = header[start:stop]
         score = scores_reference(rows, layout, num_chunks, float(inverse[table]), exponent, prefix)

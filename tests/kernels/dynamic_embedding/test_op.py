@@ -29,6 +29,7 @@ def opaque(storage, batch):
 def test_opcheck():
     storage = make_storage()
     batch = make_batch(storage)
+    sums = kernels.reduce(storage.tables, *batch.written)
     forward, backward = opaque(storage, batch)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     ops = torch.ops.mlkit
@@ -40,7 +41,6 @@ def test_opcheck():
         (storage.tables, *batch_arguments),
         test_utils=checks,
     )
-    sums = kernels.reduce(storage.tables, *batch.written)
     apply = (*forward[:2], [], *forward[3:5], *sums, *updates("sgd"), "auto")
     torch.library.opcheck(ops.dynamic_embedding_apply.default, apply, test_utils=checks)
     scan = (storage.header, storage.tables, list(storage.layout), 4, torch.ones(3))
