@@ -83,7 +83,9 @@ inline int64_t scan_threads(const Scan& s) {
 template <class F>
 void with_scores(const Scan& s, int64_t t, const F& f) {
   const Layout& l = s.layout;
-  if (l.coded)
+  if (l.coded && l.chunks == 4)
+    f(Scores<4, true>{l, s.inverse[t], s.value, s.prefix});
+  else if (l.coded)
     f(Scores<0, true>{l, s.inverse[t], s.value, s.prefix});
   else if (l.chunks == 4)
     f(Scores<4, false>{l, s.inverse[t], s.value, s.prefix});
@@ -107,7 +109,8 @@ inline void count_scores(const Scan& s, int64_t t, int64_t first, int64_t last, 
         const bool here = within < 0 || upper == static_cast<uint32_t>(within);
         const bool counts = (score[k] > 0.0f) & (counted >> k & 1) & here;
         const uint32_t bin = within < 0 ? upper : bits & 0xffff;
-        ++bins[counts ? bin : kBins + k];
+        const uint32_t aside = static_cast<uint32_t>(kBins + k);
+        ++bins[aside ^ ((aside ^ bin) & -static_cast<uint32_t>(counts))];
       }
     }
   });
