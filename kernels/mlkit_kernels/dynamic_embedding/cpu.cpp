@@ -358,13 +358,13 @@ Tensor histogram_cpu(Tensor header, Tensor tables, bool slab, bool wide, bool ro
 
 std::tuple<Tensor, Tensor> joined(const std::vector<Sides>& sides, Found Sides::* side) {
   int64_t n = 0, at = 0;
-  for (const Sides& s : sides) n += (s.*side).number.size();
+  for (const Sides& s : sides) n += (s.*side).count;
   Tensor numbers = make({n}, aoti_torch_dtype_int64()), scores = make({n}, aoti_torch_dtype_float32());
   for (const Sides& s : sides) {
     const Found& found = s.*side;
-    std::copy(found.number.begin(), found.number.end(), data<int64_t>(numbers) + at);
-    std::copy(found.score.begin(), found.score.end(), data<float>(scores) + at);
-    at += found.number.size();
+    std::copy_n(found.number.begin(), found.count, data<int64_t>(numbers) + at);
+    std::copy_n(found.score.begin(), found.count, data<float>(scores) + at);
+    at += found.count;
   }
   return {numbers, scores};
 }
