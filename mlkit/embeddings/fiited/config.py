@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "unfused_optimizer": ("sgd", "rowwise_adagrad", "adagrad", "adam"),
     "init": ("uniform", "normal", "zeros"),
     "admission": ("zeros", "init"),
+    "first_read": ("init", "zeros"),
     "warm_start": (None, "magnitude"),
 }
 
@@ -76,6 +77,8 @@ class FIITEDConfig:
         init_scale: Bound of "uniform" or standard deviation of "normal", instead of these.
         admission: Values of a chunk that grows back: "zeros", so that outputs do not jump, or
             "init".
+        first_read: What a row that was never touched reads as in training, while there is room for
+            it: "init", its initial values, or "zeros".
         warm_start: What `mlkit.convert` does with trained tables at a density below 1: None starts
             afresh; "magnitude" keeps the chunks with the largest norm.
         min_rows: `mlkit.convert` leaves tables with fewer rows as they are.
@@ -114,6 +117,7 @@ class FIITEDConfig:
     init: Literal["uniform", "normal", "zeros"] = "uniform"
     init_scale: float | None = None
     admission: Literal["zeros", "init"] = "zeros"
+    first_read: Literal["init", "zeros"] = "init"
     warm_start: Literal["magnitude"] | None = None
     min_rows: int = 0
     seed: int = 0

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mlkit.embeddings.fiited.first_read import add_first_reads, has_first_reads
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore, store_of
 from mlkit.errors import InvalidValueError
 from mlkit_kernels.dynamic_embedding import IndexOutOfRange
@@ -63,10 +64,11 @@ def _forward(
     if max_norm is not None:
         for table in tables:
             store.renormalise(table, indices, max_norm, norm_type)
+    metadata = store.tables.metadata(tuple(tables))
     try:
-        return kernels.forward(
-            store.header, store.pool.detach(), store.tables.metadata(tuple(tables)), store.layout,
-            store.config.num_chunks, indices, offsets, bag_size, weights, mode,
+        out = kernels.forward(
+            store.header, store.pool.detach(), metadata, store.layout, store.config.num_chunks,
+            indices, offsets, bag_size, weights, mode,
         )  # fmt: skip
     except IndexOutOfRange as error:
         name = store.tables.specs[tables[int(error.table)]].name
@@ -75,6 +77,9 @@ def _forward(
         names = ", ".join(store.tables.specs[t].name for t in tables)
         check_offsets(names, offsets, len(indices))
         raise
+    if store.training and has_first_reads(store):
+        out = add_first_reads(store, out, metadata, indices, offsets, bag_size, weights, mode)
+    return out
 
 
 def check_offsets(names: str, offsets: Tensor | None, num_indices: int) -> None:

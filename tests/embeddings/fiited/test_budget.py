@@ -53,7 +53,9 @@ def train(store: DynamicEmbeddingStore, steps: int, *, seed: int = 0) -> None:
         for table, spec in enumerate(store.tables.specs):
             ids = torch.tensor(rng.integers(0, spec.num_embeddings, 20))
             out = lookup(store, ids, tables=(table,))
-            loss = loss + (out * torch.tensor(rng.normal(size=out.shape), dtype=torch.float32)).sum()
+            loss = (
+                loss + (out * torch.tensor(rng.normal(size=out.shape), dtype=torch.float32)).sum()
+            )
         loss.backward()
         store.step()
 
@@ -90,7 +92,9 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @QUICK
-@given(fields=layouts(), width=st.integers(1, 5), rows=st.integers(1, 5000), share=st.floats(0.01, 1))
+@given(
+    fields=layouts(), width=st.integers(1, 5), rows=st.integers(1, 5000), share=st.floats(0.01, 1)
+)
 def test_plans_add_up(fields: dict[str, Any], width: int, rows: int, share: float) -> None:
     k = fields["num_chunks"]
     config = FIITEDConfig(target_density=1.0, **fields)
@@ -118,7 +122,9 @@ def test_plans_add_up(fields: dict[str, Any], width: int, rows: int, share: floa
         st.floats(0.2, 1.0), st.integers(3000, 60000), st.integers(3, 50).map(lambda n: f"{n}KiB")
     ),
 )
-def test_nothing_ever_exceeds_a_byte_budget(fields: dict[str, Any], budget: float | int | str) -> None:
+def test_nothing_ever_exceeds_a_byte_budget(
+    fields: dict[str, Any], budget: float | int | str
+) -> None:
     dim = 8 * fields["num_chunks"]
     config = FIITEDConfig(
         memory_budget=budget, **fields, schedule="fixed", prune_every=2, trigger=0.0,
@@ -148,8 +154,15 @@ def without_budget(config: FIITEDConfig) -> FIITEDConfig:
 @pytest.mark.parametrize("layout", ["slab", "chunk"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
 def test_the_report_counts_what_is_there(layout: Any, optimizer: Any) -> None:
-    config = FIITEDConfig(target_density=0.4, layout=layout, optimizer=optimizer, eps=1e-3,
-                          schedule="fixed", prune_every=2, trigger=0.0)
+    config = FIITEDConfig(
+        target_density=0.4,
+        layout=layout,
+        optimizer=optimizer,
+        eps=1e-3,
+        schedule="fixed",
+        prune_every=2,
+        trigger=0.0,
+    )
     store = DynamicEmbeddingStore(SPECS, 16, config)
     train(store, 5)
     report = store.memory_report()
@@ -197,8 +210,14 @@ def test_free_units_between_rounds_are_in_the_plan() -> None:
     """Many holes that a round just leaves, then new rows that open a page of another class."""
     reached = 0
     for holes in range(80, 130, 3):
-        config = FIITEDConfig(target_density=0.15, optimizer="sgd", normalize="none", hysteresis=0.0,
-                              schedule="fixed", prune_every=10**6)
+        config = FIITEDConfig(
+            target_density=0.15,
+            optimizer="sgd",
+            normalize="none",
+            hysteresis=0.0,
+            schedule="fixed",
+            prune_every=10**6,
+        )
         store = DynamicEmbeddingStore([TableSpec("t", 1000)], 4, config)
         rows, utility = torch.arange(1000), torch.zeros(1000, 4)
         utility[:600, 0] = 1
@@ -240,4 +259,6 @@ def test_a_ramp_is_above_the_budget_only_where_it_says_so(layout: Any) -> None:
     assert targets[0] == round(0.9 * 85 * 4)
     assert targets == sorted(targets, reverse=True)
     assert targets[-1] == flat.target
-    assert ramp.plan.total_bytes <= allowed < plan(flat.config, 85, 16, chunks=targets[0]).total_bytes
+    assert (
+        ramp.plan.total_bytes <= allowed < plan(flat.config, 85, 16, chunks=targets[0]).total_bytes
+    )
