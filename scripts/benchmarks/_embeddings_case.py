@@ -191,6 +191,7 @@ def bags(case: Case, optimizer: str, device: str = "cpu") -> Provider:
         optimizer: "Adagrad" or "SGD".
         device: "cpu" or "cuda".
     """
+    torch.sparse.check_sparse_tensor_invariants.disable()  # the default; torch warns if unsaid
     tables = [
         nn.EmbeddingBag.from_pretrained(
             torch.full((case.rows, case.dim), _VALUE, device=device),

@@ -338,7 +338,8 @@ def test_embeddings_rows_of_a_gpu_run_on_a_cpu_too():
 
     found = list(case_rows(Bench(quick=True), Case(tables=3, rows=100, dim=8, batch=16), "cpu"))
     assert {row.metric for row in found} == {"training step", "inference"}
-    assert len(found) == 8 and all(row.limit == 1.3 * row.peer_value for row in found)
+    assert len(found) == 8
+    assert all(row.limit == 1.3 * row.peer_value for row in found)
 
 
 def test_embeddings_that_do_not_fit_are_fewer_tables(monkeypatch, capsys):
