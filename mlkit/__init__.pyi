@@ -1,5 +1,6 @@
 from . import coresets as coresets
 from . import data as data
+from . import embeddings as embeddings
 from . import federated as federated
 from . import models as models
 from . import serving as serving

@@ -165,6 +165,8 @@ def _load_tensors(model: nn.Module, directory: Path, tied: dict[str, str]) -> No
         for alias, key in tied.items():
             owner, _, name = alias.rpartition(".")
             kept_owner, _, kept = key.rpartition(".")
+            if name == "_extra_state":  # each module took its own
+                continue
             value = getattr(model.get_submodule(kept_owner), kept)
             setattr(model.get_submodule(owner), name, value)
 
@@ -177,13 +179,20 @@ def _check_fit(model: nn.Module, directory: Path, tensors: dict[str, Tensor]) ->
     wrong += [
         f"{key} of shape {tuple(value.shape)}, in the model {tuple(expected[key].shape)}"
         for key, value in tensors.items()
-        if key in expected and value.shape != expected[key].shape
+        if key in expected and value.shape != expected[key].shape and not _resizes(model, key)
     ]
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise InvalidValueError(
             f"{directory} does not fit the model: it holds {'; '.join(wrong[:5])}{more}"
         )
+
+
+def _resizes(model: nn.Module, key: str) -> bool:
+    """Whether the module of a key of the state takes tensors of other shapes than its own."""
+    owner = key.rpartition(".")[0]
+    found = dict(model.named_modules(remove_duplicate=False)).get(owner)
+    return bool(getattr(found, "resizes_on_load", False))
 
 
 def _summary(done: dict[str, Any]) -> str:

@@ -59,7 +59,8 @@ class Converter(Protocol):
     (a layer of BERT keeps its attention). `save_pretrained` writes the config as JSON by its
     dataclass fields and `load_pretrained` makes it by its constructor, which must accept lists
     where it holds tuples. What else belongs to a converted module and is no parameter (a mode) goes
-    into a buffer or, as a tensor, into `get_extra_state`, so that every checkpoint has it.
+    into a buffer or, as a tensor, into `get_extra_state`, so that every checkpoint has it. A module
+    that loads tensors of other shapes than its own says so by `resizes_on_load = True`.
     """
 
     def candidates(self, model: nn.Module, config: Any) -> list[Candidate]:

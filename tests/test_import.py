@@ -82,7 +82,7 @@ def test_every_room_is_public():
 def exports(room: str) -> dict[str, str]:
     """Public name to the module it comes from, as the stub beside the package says."""
     stub = (ROOT / "mlkit" / room / "__init__.pyi").read_text()
-    lines = re.findall(r"^from \.(\w+) import (\w+)(?: as (\w+))?$", stub, re.MULTILINE)
+    lines = re.findall(r"^from \.([\w.]+) import (\w+)(?: as (\w+))?$", stub, re.MULTILINE)
     assert len(lines) == len([line for line in stub.splitlines() if "import" in line])
     assert all(name == alias for _, name, alias in lines), "`import x as x` is what re-exports"
     return {name: module for module, name, _ in lines}

@@ -1,3 +1,14 @@
+from .baselines.cafe import CAFEEmbeddingBag as CAFEEmbeddingBag
+from .baselines.config import CAFEConfig as CAFEConfig
+from .baselines.config import HashingConfig as HashingConfig
+from .baselines.config import MDEConfig as MDEConfig
+from .baselines.config import NarrowConfig as NarrowConfig
+from .baselines.config import QRConfig as QRConfig
+from .baselines.hashing import HashingEmbeddingBag as HashingEmbeddingBag
+from .baselines.mixed_dimensions import MDEEmbeddingBag as MDEEmbeddingBag
+from .baselines.mixed_dimensions import mixed_dimensions as mixed_dimensions
+from .baselines.narrow import NarrowEmbeddingBag as NarrowEmbeddingBag
+from .baselines.quotient_remainder import QREmbeddingBag as QREmbeddingBag
 from .fiited.bag import DynamicEmbeddingBag as DynamicEmbeddingBag
 from .fiited.callback import EmbeddingBudget as EmbeddingBudget
 from .fiited.collection import DynamicEmbeddingBagCollection as DynamicEmbeddingBagCollection

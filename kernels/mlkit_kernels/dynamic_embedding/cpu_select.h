@@ -83,7 +83,9 @@ inline int64_t scan_threads(const Scan& s) {
 template <class F>
 void with_scores(const Scan& s, int64_t t, const F& f) {
   const Layout& l = s.layout;
-  if (l.coded)
+  if (l.coded && l.chunks == 4)
+    f(Scores<4, true>{l, s.inverse[t], s.value, s.prefix});
+  else if (l.coded)
     f(Scores<0, true>{l, s.inverse[t], s.value, s.prefix});
   else if (l.chunks == 4)
     f(Scores<4, false>{l, s.inverse[t], s.value, s.prefix});
@@ -91,6 +93,8 @@ void with_scores(const Scan& s, int64_t t, const F& f) {
     f(Scores<0, false>{l, s.inverse[t], s.value, s.prefix});
 }
 
+// Counts into bins[kBins]; what does not count goes behind them, by chunk: increments of one
+// address wait for each other, and a branch would often be guessed wrong.
 inline void count_scores(const Scan& s, int64_t t, int64_t first, int64_t last, bool resident_only,
                          int64_t within, int64_t* bins) {
   with_scores(s, t, [&](const auto& scores) {
@@ -101,34 +105,75 @@ inline void count_scores(const Scan& s, int64_t t, int64_t first, int64_t last, 
       scores.read(words, score);
       const uint32_t counted = resident_only ? resident(words, s.layout) : ~0u;
       for (int64_t k = 0; k < K; ++k) {
-        if (!(score[k] > 0.0f) || !(counted >> k & 1)) continue;
-        const uint32_t bits = as<uint32_t>(score[k]);
-        if (within < 0)
-          ++bins[bits >> 16];
-        else if (bits >> 16 == static_cast<uint32_t>(within))
-          ++bins[bits & 0xffff];
+        const uint32_t bits = as<uint32_t>(score[k]), upper = bits >> 16;
+        const bool here = within < 0 || upper == static_cast<uint32_t>(within);
+        const bool counts = (score[k] > 0.0f) & (counted >> k & 1) & here;
+        const uint32_t bin = within < 0 ? upper : bits & 0xffff;
+        const uint32_t aside = static_cast<uint32_t>(kBins + k);
+        ++bins[aside ^ ((aside ^ bin) & -static_cast<uint32_t>(counts))];
       }
     }
   });
 }
 
+// The same by way of the codes of one byte, whose scores ascend with them.
+inline void count_codes(const Scan& s, int64_t t, int64_t first, int64_t last, bool resident_only,
+                        int64_t within, int64_t* bins) {
+  const Layout& l = s.layout;
+  int64_t counts[kMaxChunks][256] = {};
+  const int32_t* words = s.header + first * l.words;
+  for (int64_t row = first; row < last; ++row, words += l.words) {
+    const uint8_t* code = reinterpret_cast<const uint8_t*>(words + l.utility);
+    const uint32_t counted = resident_only ? resident(words, l) : ~0u;
+    uint8_t least = 255;
+    for (int64_t k = 0; k < l.chunks; ++k) {
+      least = s.prefix ? std::min(least, code[k]) : code[k];
+      ++counts[k][counted >> k & 1 ? least : 0];
+    }
+  }
+  for (int c = 1; c < 256; ++c) {
+    const float score = s.value[c] * s.inverse[t];
+    const uint32_t bits = as<uint32_t>(score);
+    if (!(score > 0.0f) || (within >= 0 && bits >> 16 != static_cast<uint32_t>(within))) continue;
+    for (int64_t k = 0; k < l.chunks; ++k)
+      bins[within < 0 ? bits >> 16 : bits & 0xffff] += counts[k][c];
+  }
+}
+
 // Adds to out [tables, kBins].
 inline void histogram(const Scan& s, bool resident_only, int64_t within, int64_t* out) {
+  const int64_t threads = scan_threads(s);
+  std::vector<std::vector<int64_t>> parts(threads);
   std::mutex lock;
-  share_rows(s, scan_threads(s), [&](int64_t, int64_t t, int64_t first, int64_t last) {
-    int64_t* bins = out + t * kBins;
-    if (last - first == s.table[3 * t + 1])
-      return count_scores(s, t, first, last, resident_only, within, bins);
-    std::vector<int64_t> part(kBins);  // a table that threads share
-    count_scores(s, t, first, last, resident_only, within, part.data());
-    const std::lock_guard<std::mutex> guard(lock);
-    for (int64_t i = 0; i < kBins; ++i) bins[i] += part[i];
+  share_rows(s, threads, [&](int64_t thread, int64_t t, int64_t first, int64_t last) {
+    std::vector<int64_t>& part = parts[thread];
+    part.assign(kBins + kMaxChunks, 0);
+    if (s.layout.coded)
+      count_codes(s, t, first, last, resident_only, within, part.data());
+    else
+      count_scores(s, t, first, last, resident_only, within, part.data());
+    const std::lock_guard<std::mutex> guard(lock);  // threads may share a table
+    for (int64_t i = 0; i < kBins; ++i) out[t * kBins + i] += part[i];
   });
 }
 
 struct Found {
   std::vector<int64_t> number;  // row * K + chunk
   std::vector<float> score;
+  int64_t count = 0;  // of what is in use of both
+
+  void reserve(int64_t more) {
+    if (count + more <= static_cast<int64_t>(number.size())) return;
+    const int64_t size = std::max<int64_t>(2 * count, 4096);
+    number.resize(size);
+    score.resize(size);
+  }
+  // Writes, but keeps it only if `taken`: no branch to guess.
+  void add(int64_t chunk, float value, bool taken) {
+    number[count] = chunk;
+    score[count] = value;
+    count += taken;
+  }
 };
 
 struct Sides {
@@ -156,11 +201,11 @@ inline std::vector<Sides> find_candidates(const Scan& s, float low, float high) 
         below &= has;
         above &= ~has;
         if ((below | above) == 0) continue;
+        mine.evict.reserve(kMaxChunks + 1);
+        mine.admit.reserve(kMaxChunks + 1);
         for (int64_t k = 0; k < K; ++k) {
-          if (!((below | above) >> k & 1)) continue;
-          Found& found = below >> k & 1 ? mine.evict : mine.admit;
-          found.number.push_back(row * K + k);
-          found.score.push_back(score[k]);
+          mine.evict.add(row * K + k, score[k], below >> k & 1);
+          mine.admit.add(row * K + k, score[k], above >> k & 1);
         }
       }
     });

@@ -53,7 +53,6 @@ class Rows {
       : header_(header), pool_(pool), first_(first), second_(second), steps_(steps),
         layout_(layout), update_(update), sink_(layout.width) {}
 
-  template <bool Slab>
   void prefetch_header_of(int64_t row) const {
     prefetch_header<true>(header_ + row * layout_.words, layout_);
   }
@@ -175,8 +174,9 @@ class Rows {
     const float step = ++steps_[slot];
     if (step != step_) {  // most chunks of a row are as old as the last one
       step_ = step;
-      left1_ = 1.0f - std::pow(beta1, step);
-      left2_ = 1.0f - std::pow(beta2, step);
+      // Little is left after the subtraction: in float32 it would have four digits.
+      left1_ = static_cast<float>(1.0 - std::pow(update_.beta1, static_cast<double>(step)));
+      left2_ = static_cast<float>(1.0 - std::pow(update_.beta2, static_cast<double>(step)));
     }
     for (int64_t i = 0; i < C; ++i) {
       m[i] = beta1 * m[i] + new1 * g[i];

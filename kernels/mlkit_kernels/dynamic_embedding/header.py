@@ -83,7 +83,7 @@ class HeaderLayout(NamedTuple):
         return header.view(torch.uint8)[:, 4 * start : 4 * start + num_chunks]
 
     def slots(self, addresses: Int[Tensor, "rows words"], num_chunks: int) -> Tensor:
-        """Slots of the chunks from the addresses of some rows, int64 [rows, K]; -1: not resident."""
+        """Slots of the chunks from some rows' addresses, int64 [rows, K]; -1: not resident."""
         if not self.slab:
             return addresses.long()
         address = addresses.long() if self.wide else addresses.long() & _U32
@@ -108,7 +108,7 @@ class HeaderLayout(NamedTuple):
 def uniform_bits(number: Int[Tensor, "*shape"], seed: int) -> Int[Tensor, "*shape"]:
     """A random 32-bit number for each (number, seed), the same on every machine.
 
-    The integer hash is Wellons' `lowbias32` (public domain), of the number xor the hash of the seed.
+    The integer hash is Wellons' `lowbias32` (public domain), of the number xor the seed's hash.
 
     Args:
         number: Any integers; their low 32 bits count.
@@ -153,5 +153,6 @@ def encode(
 
 def decode(code: Tensor, exponent: int) -> Float[Tensor, "rows chunks"]:
     """Utilities of one-byte codes, the inverse of `encode` without its rounding."""
-    value = torch.exp2((code.float() - 1) / STEPS_PER_OCTAVE + exponent)
-    return torch.where(code == 0, 0.0, value)
+    codes = torch.arange(256, dtype=torch.float32, device=code.device)
+    value = torch.where(codes == 0, 0.0, torch.exp2((codes - 1) / STEPS_PER_OCTAVE + exponent))
+    return value[code.long()]  # so that a code has one value, wherever it stands

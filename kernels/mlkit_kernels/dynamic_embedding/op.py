@@ -1,4 +1,4 @@
-"""The ops by name: registration, the choice of the backend, and errors in the caller's terms.
+"""The kernels by name, and the ops that `torch.compile` sees in their place.
 
 Each function takes the arguments of its definition in `reference.py` or `selection.py`, and a
 `backend`: "cpp" (CPU; float32 and bfloat16 pools), "triton" (CUDA), "reference" (anything), or
@@ -11,35 +11,26 @@ kernels themselves: an op written in Python costs some 15 microseconds more for 
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from mlkit.errors import InvalidValueError, nearest
-from mlkit_kernels.dynamic_embedding.backends import cpp_ops, resolve, triton_kernels
-from mlkit_kernels.dynamic_embedding.header import HeaderLayout, decode
-from mlkit_kernels.dynamic_embedding.reference import (
-    MODES,
-    OPTIMIZERS,
-    UTILITIES,
-    RowGradients,
-    Touched,
-    Update,
-    apply_gradients,
-    backward_reference,
-    check_indices,
-    forward_reference,
-    reduce_gradients,
+from mlkit_kernels.dynamic_embedding.dispatch import (
+    as_touched,
+    run_apply,
+    run_backward,
+    run_candidates,
+    run_forward,
+    run_histogram,
+    run_reduce,
 )
-from mlkit_kernels.dynamic_embedding.selection import (
-    BINS,
-    Candidates,
-    candidates_reference,
-    histogram_reference,
-)
+from mlkit_kernels.dynamic_embedding.header import HeaderLayout
+from mlkit_kernels.dynamic_embedding.reference import RowGradients, Touched, Update
+from mlkit_kernels.dynamic_embedding.selection import BINS, Candidates
 
 __all__ = [
     "apply",
@@ -51,9 +42,6 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_UPDATE_FIELDS = len(Update._fields)
-_OPTIMIZER_CODES = {name: code for code, name in enumerate(OPTIMIZERS)}
-_UTILITY_CODES = {name: code for code, name in enumerate(UTILITIES)}
 
 _LAYOUT = "int[4] layout, int num_chunks"
 _BATCH = "Tensor indices, Tensor? offsets, int bag_size, Tensor? weights"
@@ -61,12 +49,14 @@ _UPDATE = (
     "str optimizer, float lr, float eps, float beta1, float beta2, str utility, float scale, "
     "int exponent, int seed, bool keep_new, str backend"
 )
+# An argument `mode` of an op that writes clashes with one of PyTorch's own.
 _SCHEMAS = (
-    f"forward(Tensor header, Tensor pool, Tensor tables, {_LAYOUT}, {_BATCH}, str mode, "
+    f"forward(Tensor header, Tensor pool, Tensor tables, {_LAYOUT}, {_BATCH}, str pooling, "
     "str backend) -> Tensor",
     "backward(Tensor(a!) header, Tensor(b!) pool, Tensor(c!)[] states, Tensor tables, "
-    f"{_LAYOUT}, {_BATCH}, Tensor grad, str mode, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"reduce(Tensor tables, {_BATCH}, Tensor grad, str mode, str backend) "
+    f"{_LAYOUT}, {_BATCH}, Tensor grad, str pooling, {_UPDATE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"reduce(Tensor tables, {_BATCH}, Tensor grad, str pooling, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     f"apply(Tensor(a!) header, Tensor(b!) pool, Tensor(c!)[] states, {_LAYOUT}, Tensor rows, "
     f"Tensor counts, Tensor grads, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -79,65 +69,8 @@ _SCHEMAS = (
 _library = torch.library.Library("mlkit", "FRAGMENT")
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
-    if value in allowed:
-        return allowed.index(value)
-    raise InvalidValueError(
-        f"{name} must be one of {', '.join(allowed)}, got {value!r}; {nearest(value, allowed)}"
-    )
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor as the compiled kernels read it."""
-    if tensor.dtype is dtype and tensor.is_contiguous():
-        return tensor
-    return tensor.to(dtype).contiguous()
-
-
-def _optional(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else _as(tensor, dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _code_values(exponent: int) -> Tensor:
-    return decode(torch.arange(256, dtype=torch.uint8), exponent)
-
-
-def _values(layout: HeaderLayout, exponent: int) -> Tensor | None:
-    return None if layout.utility_bytes == 4 else _code_values(exponent)
-
-
-def _explain(
-    error: RuntimeError, tables: Tensor, indices: Tensor, offsets: Tensor | None, bag_size: int
-) -> NoReturn:
-    """Raise what the reference would raise for these arguments, else what the kernel said."""
-    message = str(error).split("\n", 1)[0]
-    if "index out of range" in message:
-        check_indices(tables, indices, offsets, bag_size)
-    raise InvalidValueError(message) from error
-
-
 def _is_eager(header: Tensor) -> bool:
     return type(header) in _PLAIN and not torch.compiler.is_compiling()
-
-
-def _flat_update(update: Update) -> tuple[Any, ...]:
-    return (
-        _OPTIMIZER_CODES[update.optimizer],
-        _UTILITY_CODES[update.utility],
-        update.lr,
-        update.eps,
-        update.beta1,
-        update.beta2,
-        update.scale,
-        update.exponent,
-        update.seed,
-        update.keep_new,
-    )
-
-
-def _three(states: list[Tensor]) -> list[Tensor | None]:
-    return [*states, *[None] * (3 - len(states))]
 
 
 def forward(
@@ -175,29 +108,9 @@ def forward(
             mode,
             backend,
         )
-    mean = _choice("mode", mode, MODES)
-    chosen = resolve(backend, header, num_chunks, pool)
-    if chosen == "cpp":
-        try:
-            return cpp_ops().dynamic_embedding_forward_cpu.default(
-                header,
-                pool,
-                tables,
-                *layout,
-                num_chunks,
-                _as(indices, torch.int64),
-                _optional(offsets, torch.int64),
-                bag_size,
-                _optional(weights, torch.float32),
-                mean,
-            )
-        except RuntimeError as error:
-            _explain(error, tables, indices, offsets, bag_size)
-    run = triton_kernels().forward_triton if chosen == "triton" else forward_reference
-    found: Tensor = run(
-        header, pool, tables, layout, num_chunks, indices, offsets, bag_size, weights, mode
+    return run_forward(
+        header, pool, tables, layout, num_chunks, indices, offsets, bag_size, weights, mode, backend
     )
-    return found
 
 
 def backward(
@@ -223,7 +136,7 @@ def backward(
         InvalidValueError: See `forward`, as for the rest.
     """
     if not _is_eager(header):
-        return _touched(
+        return as_touched(
             torch.ops.mlkit.dynamic_embedding_backward(
                 header,
                 pool,
@@ -241,33 +154,7 @@ def backward(
                 backend,
             )
         )
-    mean = _choice("mode", mode, MODES)
-    _check_update(update)
-    chosen = resolve(backend, header, num_chunks, pool, *states)
-    if chosen == "cpp":
-        try:
-            return _touched(
-                cpp_ops().dynamic_embedding_backward_cpu.default(
-                    header,
-                    pool,
-                    *_three(states),
-                    tables,
-                    *layout,
-                    num_chunks,
-                    _as(indices, torch.int64),
-                    _optional(offsets, torch.int64),
-                    bag_size,
-                    _optional(weights, torch.float32),
-                    _as(grad, torch.float32),
-                    mean,
-                    *_flat_update(update),
-                    _values(layout, update.exponent),
-                )
-            )
-        except RuntimeError as error:
-            _explain(error, tables, indices, offsets, bag_size)
-    run = triton_kernels().backward_triton if chosen == "triton" else backward_reference
-    found: Touched = run(
+    return run_backward(
         header,
         pool,
         states,
@@ -281,20 +168,8 @@ def backward(
         grad,
         mode,
         update,
+        backend,
     )
-    return found
-
-
-def _check_update(update: Update) -> None:
-    if update.optimizer not in _OPTIMIZER_CODES:
-        _choice("optimizer", update.optimizer, OPTIMIZERS)
-    if update.utility not in _UTILITY_CODES:
-        _choice("utility", update.utility, UTILITIES)
-
-
-def _touched(found: tuple[Any, ...]) -> Touched:
-    rows, counts, grads, num_nonfinite = found
-    return Touched(RowGradients(rows, counts, grads), int(num_nonfinite))
 
 
 def reduce(
@@ -314,23 +189,7 @@ def reduce(
                 tables, indices, offsets, bag_size, weights, grad, mode, backend
             )
         )
-    mean = _choice("mode", mode, MODES)
-    small = backend == "auto" and grad.dtype == torch.float64  # the reference sums in float64
-    if not small and resolve(backend, grad, 1) == "cpp":
-        try:
-            found = cpp_ops().dynamic_embedding_reduce_cpu.default(
-                tables,
-                _as(indices, torch.int64),
-                _optional(offsets, torch.int64),
-                bag_size,
-                _optional(weights, torch.float32),
-                _as(grad, torch.float32),
-                mean,
-            )
-            return RowGradients(*found)
-        except RuntimeError as error:
-            _explain(error, tables, indices, offsets, bag_size)
-    return reduce_gradients(tables, indices, offsets, bag_size, weights, grad, mode)
+    return run_reduce(tables, indices, offsets, bag_size, weights, grad, mode, backend)
 
 
 def apply(
@@ -345,7 +204,7 @@ def apply(
 ) -> Touched:
     """Update distinct, ascending rows in place: `reference.apply_gradients`, on any backend."""
     if not _is_eager(header):
-        return _touched(
+        return as_touched(
             torch.ops.mlkit.dynamic_embedding_apply(
                 header,
                 pool,
@@ -357,26 +216,7 @@ def apply(
                 backend,
             )
         )
-    _check_update(update)
-    if resolve(backend, header, num_chunks, pool, *states) == "cpp":
-        try:
-            return _touched(
-                cpp_ops().dynamic_embedding_apply_cpu.default(
-                    header,
-                    pool,
-                    *_three(states),
-                    *layout,
-                    num_chunks,
-                    _as(gradients.rows, torch.int64),
-                    _as(gradients.counts, torch.int64),
-                    _as(gradients.grads, torch.float32),
-                    *_flat_update(update),
-                    _values(layout, update.exponent),
-                )
-            )
-        except RuntimeError as error:
-            raise InvalidValueError(str(error).split("\n", 1)[0]) from error
-    return apply_gradients(header, pool, states, layout, num_chunks, gradients, update)
+    return run_apply(header, pool, states, layout, num_chunks, gradients, update, backend)
 
 
 def histogram(
@@ -397,25 +237,18 @@ def histogram(
         return torch.ops.mlkit.dynamic_embedding_histogram(
             header, tables, list(layout), num_chunks, inverse, *options, backend
         )
-    chosen = resolve(backend, header, num_chunks)
-    if chosen == "cpp":
-        try:
-            return cpp_ops().dynamic_embedding_histogram_cpu.default(
-                header,
-                tables,
-                *layout,
-                num_chunks,
-                _as(inverse, torch.float32),
-                prefix,
-                resident_only,
-                within,
-                _values(layout, exponent),
-            )
-        except RuntimeError as error:
-            raise InvalidValueError(str(error).split("\n", 1)[0]) from error
-    run = triton_kernels().histogram_triton if chosen == "triton" else histogram_reference
-    found: Tensor = run(header, tables, layout, num_chunks, inverse, *options)
-    return found
+    return run_histogram(
+        header,
+        tables,
+        layout,
+        num_chunks,
+        inverse,
+        exponent,
+        prefix,
+        resident_only,
+        within,
+        backend,
+    )
 
 
 def candidates(
@@ -446,59 +279,31 @@ def candidates(
                 backend,
             )
         )
-    chosen = resolve(backend, header, num_chunks)
-    if chosen == "cpp":
-        try:
-            found = cpp_ops().dynamic_embedding_candidates_cpu.default(
-                header,
-                tables,
-                *layout,
-                num_chunks,
-                _as(inverse, torch.float32),
-                low,
-                high,
-                prefix,
-                _values(layout, exponent),
-            )
-            return Candidates(*found)
-        except RuntimeError as error:
-            raise InvalidValueError(str(error).split("\n", 1)[0]) from error
-    run = triton_kernels().candidates_triton if chosen == "triton" else candidates_reference
-    chunks: Candidates = run(
-        header, tables, layout, num_chunks, inverse, low, high, exponent, prefix
+    return run_candidates(
+        header, tables, layout, num_chunks, inverse, low, high, exponent, prefix, backend
     )
-    return chunks
 
 
 def _forward_op(
     header: Tensor, pool: Tensor, tables: Tensor, layout: list[int], *rest: Any
 ) -> Tensor:
-    return forward(header, pool, tables, HeaderLayout(*layout), *rest)
+    return run_forward(header, pool, tables, HeaderLayout(*layout), *rest)
 
 
 def _parts(found: Touched) -> tuple[Tensor, ...]:
     return *found.new, torch.tensor(found.num_nonfinite)
 
 
-def _backward_op(
-    header: Tensor,
-    pool: Tensor,
-    states: list[Tensor],
-    tables: Tensor,
-    layout: list[int],
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *batch, backend = rest
-    update = Update(*batch[-_UPDATE_FIELDS:])
-    arguments = batch[:-_UPDATE_FIELDS]
-    found = backward(
-        header, pool, states, tables, HeaderLayout(*layout), *arguments, update, backend
-    )
-    return _parts(found)
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    header, pool, states, tables, layout, *batch = arguments[:12]
+    *update, backend = arguments[12:]
+    storage = (header, pool, states, tables, HeaderLayout(*layout))
+    everything: list[Any] = [*storage, *batch, Update(*update), backend]
+    return _parts(run_backward(*everything))
 
 
 def _reduce_op(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(reduce(*arguments))
+    return tuple(run_reduce(*arguments))
 
 
 def _apply_op(
@@ -514,7 +319,7 @@ def _apply_op(
 ) -> tuple[Tensor, ...]:
     *update, backend = rest
     gradients = RowGradients(rows, counts, grads)
-    found = apply(
+    found = run_apply(
         header,
         pool,
         states,
@@ -528,13 +333,13 @@ def _apply_op(
 
 
 def _histogram_op(header: Tensor, tables: Tensor, layout: list[int], *rest: Any) -> Tensor:
-    return histogram(header, tables, HeaderLayout(*layout), *rest)
+    return run_histogram(header, tables, HeaderLayout(*layout), *rest)
 
 
 def _candidates_op(
     header: Tensor, tables: Tensor, layout: list[int], *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(candidates(header, tables, HeaderLayout(*layout), *rest))
+    return tuple(run_candidates(header, tables, HeaderLayout(*layout), *rest))
 
 
 def _forward_fake(
@@ -554,9 +359,9 @@ def _forward_fake(
     return pool.new_empty(bags // tables.shape[0], width, dtype=dtype)
 
 
-def _some_rows(like: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return fake row gradients, of which only the data tell how many there are."""
-    size = torch.library.get_ctx().new_dynamic_size()
+def _some_rows(like: Tensor, dim: int, any_rows: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fake row gradients: none, or as many as only the data can tell."""
+    size = torch.library.get_ctx().new_dynamic_size() if any_rows else 0
     rows = like.new_empty(size, dtype=torch.int64)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return rows, torch.empty_like(rows), like.new_empty(size, dim, dtype=dtype)
@@ -574,9 +379,11 @@ def _backward_fake(
     bag_size: int,
     weights: Tensor | None,
     grad: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return *_some_rows(grad, num_chunks * pool.shape[1]), torch.empty((), dtype=torch.int64)
+    return *_some_rows(grad, num_chunks * pool.shape[1], rest[-2]), torch.empty(
+        (), dtype=torch.int64
+    )
 
 
 def _reduce_fake(
@@ -600,9 +407,9 @@ def _apply_fake(
     rows: Tensor,
     counts: Tensor,
     grads: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return *_some_rows(grads, grads.shape[1]), torch.empty((), dtype=torch.int64)
+    return *_some_rows(grads, grads.shape[1], rest[-2]), torch.empty((), dtype=torch.int64)
 
 
 def _histogram_fake(header: Tensor, tables: Tensor, *_: Any) -> Tensor:
@@ -618,7 +425,7 @@ def _candidates_fake(header: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (_forward_op, _forward_fake),
     "backward": (_backward_op, _backward_fake),
     "reduce": (_reduce_op, _reduce_fake),
@@ -630,5 +437,6 @@ for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
     _run, _fake = _IMPLEMENTATIONS[_name]
     _library.define(f"dynamic_embedding_{_schema}")
-    _library.impl(f"dynamic_embedding_{_name}", _run, "CompositeExplicitAutograd")
+    # Where a graph breaks at an op, its implementation must not be traced in its place.
+    _library.impl(f"dynamic_embedding_{_name}", _disable_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mlkit::dynamic_embedding_{_name}", _fake, lib=_library)

@@ -7,9 +7,9 @@ as in FBGEMM: bag b of table t is number t * B + b.
 
 Yao et al., "FIITED: Fine-grained embedding dimension optimization during training", arXiv
 2401.04408: the utility of a chunk grows by a * ||g||, a the accesses of its row and g the gradient
-of the chunk in this step, whether it is resident or not, and decays by gamma at each step. The decay
-is lazy (our decision): utilities are kept divided by gamma^step, so an increment is multiplied by
-`scale` = gamma^-step instead.
+of the chunk in this step, whether it is resident or not, and decays by gamma at each step. The
+decay is lazy (our decision): utilities are kept divided by gamma^step, so an increment is
+multiplied by `scale` = gamma^-step instead.
 """
 
 from __future__ import annotations
@@ -72,8 +72,13 @@ class Update(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """Sums over a batch: `rows` of the header, ascending and distinct; how often each was read; the
-    gradient of each, [rows, D]."""
+    """Sums over a batch for each row that it reads.
+
+    Args:
+        rows: Of the header, ascending and distinct.
+        counts: How often each was read.
+        grads: The gradient of each, [rows, D].
+    """
 
     rows: Int[Tensor, " rows"]
     counts: Int[Tensor, " rows"]
@@ -81,8 +86,12 @@ class RowGradients(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """What a backward pass found: rows without any chunk and utility before it (all of them empty
-    unless `keep_new`), and how many rows had a NaN or an infinity in their gradient."""
+    """What a backward pass found.
+
+    Args:
+        new: Rows without any chunk and utility before it; none unless `keep_new`.
+        num_nonfinite: How many rows had a NaN or an infinity in their gradient.
+    """
 
     new: RowGradients
     num_nonfinite: int
@@ -127,7 +136,7 @@ def check_indices(
     _rows(indices, bag, tables, num_bags)
 
 
-class IndexOutOfRange(InvalidValueError, IndexError):
+class IndexOutOfRange(InvalidValueError, IndexError):  # noqa: N818 (as PyTorch's message)
     """An index outside its table; `table` counts those of the call, from 0, or is its name."""
 
     def __init__(self, table: int | str, index: int, rows: int) -> None:
@@ -189,7 +198,8 @@ def forward_reference(
     values = torch.where((slots >= 0).unsqueeze(-1), values, 0).flatten(1)
     out = values.new_zeros(num_bags, num_chunks * width)
     out.index_add_(0, bag, values * factor.to(values.dtype).unsqueeze(1))
-    return out.view(num_tables, -1, out.shape[1]).transpose(0, 1).flatten(1)
+    by_table = out.view(num_tables, num_bags // num_tables, num_chunks * width)
+    return by_table.transpose(0, 1).flatten(1)
 
 
 def _compute(values: Tensor) -> Tensor:
@@ -210,7 +220,9 @@ def reduce_gradients(
     bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
     rows, counts = _rows(indices, bag, tables, num_bags)
     factor = _coefficients(counts, bag, num_bags, weights, mode)
-    by_bag = _compute(grad.view(len(grad), num_tables, -1).transpose(0, 1).flatten(0, 1))
+    by_bag = _compute(
+        grad.view(len(grad), num_tables, grad.shape[1] // num_tables).transpose(0, 1).flatten(0, 1)
+    )
     rows, bag, factor = rows[counts], bag[counts], factor[counts]
     distinct, place, repeats = torch.unique(rows, return_inverse=True, return_counts=True)
     sums = by_bag.new_zeros(len(distinct), by_bag.shape[1])
@@ -290,9 +302,10 @@ def _optimize(
         steps[at] += 1
         first[at] = (update.beta1 * first[at] + (1 - update.beta1) * g).to(first.dtype)
         second[at] = (update.beta2 * second[at] + (1 - update.beta2) * g.square()).to(second.dtype)
-        count = steps[at].to(g.dtype).unsqueeze(1)
-        m = first[at].to(g.dtype) / (1 - update.beta1**count)
-        v = second[at].to(g.dtype) / (1 - update.beta2**count)
+        # Little is left after the subtraction: in float32 it would have four digits.
+        count = steps[at].double().unsqueeze(1)
+        m = first[at].to(g.dtype) / (1 - update.beta1**count).to(g.dtype)
+        v = second[at].to(g.dtype) / (1 - update.beta2**count).to(g.dtype)
         step = update.lr * m / (v.sqrt() + update.eps)
     value = _compute(pool[at]) - step
     pool[at] = _rounded(value, at, update.seed) if pool.dtype == torch.bfloat16 else value

@@ -2,8 +2,8 @@
 
 The score of a chunk is its utility times a factor of its table (`inverse`), in float32; with
 `prefix`, the smallest of that and of the scores of the row's earlier chunks, so that a row keeps
-its first chunks only. Non-negative floats are ordered as their bits are: a histogram of the upper 16
-bits, then one of the lower 16 within one bin of it, finds the n-th largest score exactly and
+its first chunks only. Non-negative floats are ordered as their bits are: a histogram of the upper
+16 bits, then one of the lower 16 within one bin of it, finds the n-th largest score exactly and
 without a sort. Scores of zero (chunks never read) take no part.
 """
 
@@ -106,16 +106,13 @@ def histogram_reference(
         if resident_only:
             counted &= layout.slots(layout.addresses(rows, num_chunks), num_chunks) >= 0
         bits = score[counted].view(torch.int32).long()
-        if within >= 0:
-            bits = bits[bits >> 16 == within] & 0xFFFF
-        else:
-            bits = bits >> 16
+        bits = bits >> 16 if within < 0 else bits[bits >> 16 == within] & 0xFFFF
         counts[table] += torch.bincount(bits, minlength=BINS)
     return counts
 
 
 def kth_largest(histogram: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
-    """Return the bin of the k-th largest entry (k from 1), and how many entries lie above that bin."""
+    """Return the bin of the k-th largest entry (k from 1), and how many lie above that bin."""
     above = histogram.flip(0).cumsum(0)
     place = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
     return BINS - 1 - place, int(above[place] - histogram.flip(0)[place])
@@ -153,7 +150,10 @@ def candidates_reference(
 
     The thresholds are float32; padding rows have no utility, so that they are never found.
     """
-    evict, evict_scores, admit, admit_scores = [], [], [], []
+    evict: list[Tensor] = []
+    evict_scores: list[Tensor] = []
+    admit: list[Tensor] = []
+    admit_scores: list[Tensor] = []
     for table, start, stop in _blocks(tables):
         rows = header[start:stop]
         score = scores_reference(rows, layout, num_chunks, float(inverse[table]), exponent, prefix)

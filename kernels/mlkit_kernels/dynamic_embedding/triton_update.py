@@ -127,11 +127,11 @@ def _encode(utility, number, seed, lowest):
 
 
 @triton.jit
-def _without_bias(beta, count):
-    """1 - beta^count; in float64, whose power is exact enough for what is left after 1 - it."""
-    base = tl.full([1, 1], beta, tl.float32).to(tl.float64)
+def _without_bias(rest, count):
+    """1 - beta^count for rest = 1 - beta; in float64, since little is left of it."""
+    base = 1.0 - tl.full([1, 1], rest, tl.float32).to(tl.float64)
     power = tl.exp2(count.to(tl.float64) * tl.log2(base))
-    return 1.0 - power.to(tl.float32)
+    return (1.0 - power).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows", "batch", "seed"])
@@ -288,8 +288,8 @@ def update_kernel(
             tl.store(steps + slots, step, mask=slots >= 0)
             tl.store(first + at, m, mask=resident)
             tl.store(second + at, v, mask=resident)
-            m = m / _without_bias(beta1, step)[:, :, None]
-            v = v / _without_bias(beta2, step)[:, :, None]
+            m = m / _without_bias(rest1, step)[:, :, None]
+            v = v / _without_bias(rest2, step)[:, :, None]
             value -= tl.div_rn(lr * m, tl.sqrt_rn(v) + eps)
         if pool.dtype.element_ty == tl.bfloat16:
             noise = random_bits(at, seed) >> 16

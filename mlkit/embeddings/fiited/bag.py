@@ -113,9 +113,9 @@ class DynamicEmbeddingBag(DynamicTable):
 
     def forward(
         self,
-        input: Int[Tensor, "..."],
+        input: Int[Tensor, "*shape"],
         offsets: Int[Tensor, " bags"] | None = None,
-        per_sample_weights: Float[Tensor, "..."] | None = None,
+        per_sample_weights: Float[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "bags dim"]:
         """Look bags of vectors up and pool each; an empty bag is zeros.
 
@@ -131,33 +131,33 @@ class DynamicEmbeddingBag(DynamicTable):
         """
         weights = per_sample_weights
         self._check(input, offsets, weights)
-        rows = self._rows(input)
+        ids = self._flat(input)
         weights = None if weights is None else weights.reshape(-1)
         bag_size = 1
         if offsets is not None:
             if not self.include_last_offset:
-                end = torch.full((1,), len(rows), dtype=offsets.dtype, device=offsets.device)
+                end = torch.full((1,), len(ids), dtype=offsets.dtype, device=offsets.device)
                 offsets = torch.cat([offsets, end])
         elif input.shape[1]:
             bag_size = input.shape[1]
         else:
-            offsets = rows.new_zeros(len(input) + 1)
+            offsets = ids.new_zeros(len(input) + 1)
         if self.mode == "max" or (weights is not None and weights.requires_grad):
             if offsets is None:
-                offsets = torch.arange(0, len(rows) + 1, bag_size, device=rows.device)
-            return self._pool(rows, offsets, weights)
-        return self._lookup(rows, offsets, weights, bag_size=bag_size, mode=self.mode)
+                offsets = torch.arange(0, len(ids) + 1, bag_size, device=ids.device)
+            return self._pool(ids, offsets, weights)
+        return self._lookup(ids, offsets, weights, bag_size=bag_size, mode=self.mode)
 
     def _pool(
-        self, rows: Int[Tensor, " n"], offsets: Int[Tensor, " bags_plus_1"], weights: Tensor | None
+        self, ids: Int[Tensor, " n"], offsets: Int[Tensor, " bags_plus_1"], weights: Tensor | None
     ) -> Float[Tensor, "bags dim"]:
         """Pool vectors after they were looked up one by one."""
         if not torch.compiler.is_compiling():
-            check_offsets(self.name, offsets, len(rows))
-        values = self._lookup(rows)
-        place, padding = torch.arange(len(rows), device=rows.device), len(rows)
+            check_offsets(self.name, offsets, len(ids))
+        values = self._lookup(ids)
+        place, padding = torch.arange(len(ids), device=ids.device), len(ids)
         if self.padding_idx is not None:
-            place = torch.where(rows == self.padding_idx, padding, place)
+            place = torch.where(ids == self.padding_idx, padding, place)
         # One row more, which stands for padding; it also makes an empty input no empty table.
         values = torch.cat([values, values.new_zeros(1, self.embedding_dim)])
         return nn.functional.embedding_bag(

@@ -29,7 +29,7 @@ class EmbeddingBudget(L.Callback):
     fused store with its `FusedEmbeddingOptimizer`, or, if `configure_optimizers` returned none,
     after the first optimizer. Validation and its sanity check change nothing but `auto_density`.
 
-    Logged after each round: `embeddings/density/<table>`, and by the first table of each store
+    Logged, as of the last round: `embeddings/density/<table>`, and by the first table of each store
     `embeddings/churn/...`, `embeddings/threshold/...` and `embeddings/bytes/...`.
 
     Args:

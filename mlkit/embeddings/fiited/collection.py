@@ -136,7 +136,7 @@ class DynamicEmbeddingBagCollection(nn.Module):
         names = [table.name for table in self.tables]
         if not names or len(set(names)) < len(names):
             raise InvalidValueError(f"tables must be some, with names of their own, got {names}")
-        sizes = [(sum(t.num_embeddings for t in g), dim) for dim, g in groups.items()]
+        sizes = [([t.num_embeddings for t in group], dim) for dim, group in groups.items()]
         stores = []
         for (dim, group), own in zip(groups.items(), split_budget(config, sizes), strict=True):
             specs = [TableSpec(t.name, t.num_embeddings) for t in group]
@@ -220,6 +220,8 @@ class DynamicEmbeddingBagCollection(nn.Module):
                 "use DynamicEmbeddingBag"
             )
         if rest:
+            if not torch.compiler.is_compiling():
+                _check_ends(name, rest[0], len(values))
             return _Jagged(values, rest[0], 1, weights)
         if values.dim() == 2 and values.shape[1] == 0:
             return _Jagged(values.flatten(), values.new_zeros(len(values) + 1), 1, None)
@@ -236,9 +238,7 @@ class DynamicEmbeddingBagCollection(nn.Module):
         offsets = None
         if any(j.offsets is not None or j.size != jagged[0].size for j in jagged):
             offsets, start = [], 0
-            for name, j in zip(call.features, jagged, strict=True):
-                if not torch.compiler.is_compiling():
-                    _check_end(name, j)
+            for j in jagged:
                 offsets.append(j.offsets_from(start))
                 start += len(j.values)
             offsets.append(torch.full((1,), start, device=values[0].device))
@@ -311,16 +311,12 @@ def _own(table: Any, is_weighted: bool) -> EmbeddingTable:
     )
 
 
-def _check_end(name: str, jagged: _Jagged) -> None:
-    """Offsets are put together, so those of one feature must end where its ids do."""
-    if jagged.offsets is None:
-        return
-    ends = (0, 0)
-    if len(jagged.offsets):
-        ends = (int(jagged.offsets[0]), int(jagged.offsets[-1]))
-    if not len(jagged.offsets) or ends != (0, len(jagged.values)):
+def _check_ends(name: str, offsets: Tensor, num_ids: int) -> None:
+    """Offsets of several features are put together, so they must end where the ids of each do."""
+    ends = offsets[:: max(len(offsets) - 1, 1)].tolist()
+    if not ends or (ends[0], ends[-1]) != (0, num_ids):
         raise InvalidValueError(
             f"offsets of feature {name!r} must begin with 0 and end with the number of its ids, "
-            f"{len(jagged.values)} (one more than there are bags); got "
-            f"{f'{ends[0]} to {ends[1]}' if len(jagged.offsets) else 'none'}"
+            f"{num_ids} (one more than there are bags); got "
+            f"{f'{ends[0]} to {ends[-1]}' if ends else 'none'}"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mlkit.convert import Candidate, Cost
 from mlkit.embeddings.fiited.bag import DynamicEmbeddingBag
+from mlkit.embeddings.fiited.budget import plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.dense import write_dense
 from mlkit.embeddings.fiited.embedding import DynamicEmbedding
@@ -18,6 +19,7 @@ from mlkit.embeddings.fiited.module import DynamicTable
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 from mlkit.embeddings.fiited.tables import TableSpec
 from mlkit.embeddings.memory import dense_bytes, parse_budget
+from mlkit.errors import InvalidValueError
 
 __all__ = ["FIITEDConverter", "split_budget"]
 
@@ -45,7 +47,7 @@ class FIITEDConverter:
         self._config: FIITEDConfig | None = None
 
     def candidates(self, model: nn.Module, config: FIITEDConfig) -> list[Candidate]:
-        """Every `nn.Embedding` and `nn.EmbeddingBag`; with the reason for those left as they are."""
+        """Every `nn.Embedding` and `nn.EmbeddingBag`, with the reason where one is left alone."""
         self._config = config
         holders: dict[int, list[str]] = {}
         for name, module in model.named_modules():
@@ -78,7 +80,7 @@ class FIITEDConverter:
             assert isinstance(site, _Stock)
             groups.setdefault(_kind(site), {})[name] = site
         sizes = [
-            (sum(s.num_embeddings for s in sites.values()), kind.dim)
+            ([site.num_embeddings for site in sites.values()], kind.dim)
             for kind, sites in groups.items()
         ]
         new: dict[str, nn.Module] = {}
@@ -125,19 +127,39 @@ class FIITEDConverter:
         return Cost(rows * dim, dense_bytes(rows, dim, optimizer), dim)
 
 
-def split_budget(config: FIITEDConfig, sizes: Sequence[tuple[int, int]]) -> list[FIITEDConfig]:
-    """Divide a budget over stores of (rows, D), by the bytes of their dense tables.
+def split_budget(
+    config: FIITEDConfig, stores: Sequence[tuple[Sequence[int], int]]
+) -> list[FIITEDConfig]:
+    """Divide a budget over stores: their headers first, the rest by the bytes of the dense tables.
 
-    A fraction or a density holds for each of them as it is.
+    A density holds for each of them as it is.
+
+    Args:
+        config: Its budget is for all of them.
+        stores: The rows of the tables of each, and their dimension.
+
+    Raises:
+        InvalidValueError: If the budget does not hold the headers and a chunk of each store.
     """
-    if config.memory_budget is None or isinstance(config.memory_budget, float):
-        return [config] * len(sizes)
-    optimizer = config.optimizer or config.unfused_optimizer
-    parts = [dense_bytes(rows, dim, optimizer) for rows, dim in sizes]
-    budget = parse_budget(config.memory_budget, sum(parts))
+    if config.memory_budget is None or len(stores) == 1:
+        return [config] * len(stores)
+    spare = config.id_map == "exact"
+    rows = [sum(tables) + spare * len(tables) for tables, _ in stores]
+    least = [plan(config, n, dim, chunks=1) for n, (_, dim) in zip(rows, stores, strict=True)]
+    dense = sum(p.dense_bytes for p in least)
+    budget, fixed = parse_budget(config.memory_budget, dense), sum(p.total_bytes for p in least)
+    if budget < fixed:
+        raise InvalidValueError(
+            f"memory_budget {config.memory_budget!r} is {budget} bytes, but the headers of "
+            f"{sum(rows)} rows and one chunk of each dimension take {fixed} bytes "
+            f"({fixed / dense:.1%} of the dense tables): give at least that, fewer chunks "
+            "(num_chunks), one-byte utilities (utility_dtype='uint8'), or min_rows"
+        )
     return [
-        dataclasses.replace(config, memory_budget=max(1, budget * part // sum(parts)))
-        for part in parts
+        dataclasses.replace(
+            config, memory_budget=p.total_bytes + (budget - fixed) * p.dense_bytes // dense
+        )
+        for p in least
     ]
 
 
@@ -147,7 +169,7 @@ def _kind(site: _Stock) -> _Kind:
 
 
 def _module(store: DynamicEmbeddingStore, number: int, site: _Stock) -> nn.Module:
-    options = {
+    options: dict[str, Any] = {
         "max_norm": site.max_norm,
         "norm_type": site.norm_type,
         "scale_grad_by_freq": site.scale_grad_by_freq,
@@ -176,7 +198,7 @@ def _refusal(
     is_fresh = config.target_density != 1 and config.warm_start is None
     if not site.weight.requires_grad and is_fresh:
         return "it is frozen and would stay empty: warm_start='magnitude' keeps its largest chunks"
-    if isinstance(site, nn.Embedding) and site.padding_idx is not None and not site.weight.is_meta:
-        if bool(site.weight[site.padding_idx].any()):
-            return f"its row padding_idx={site.padding_idx} is not zeros, and would be"
+    is_padded = isinstance(site, nn.Embedding) and site.padding_idx is not None
+    if is_padded and not site.weight.is_meta and bool(site.weight[site.padding_idx].any()):
+        return f"its row padding_idx={site.padding_idx} is not zeros, and would be"
     return None

@@ -77,8 +77,8 @@ def _rows(store: DynamicEmbeddingStore, table: int) -> Int[Tensor, " rows"]:
 def _largest(store: DynamicEmbeddingStore, table: int, weight: Tensor) -> Int[Tensor, " rows"]:
     """Return the mask of the chunks of each row that are kept."""
     spec, per_row = store.tables.specs[table], store.config.num_chunks
-    chunks = weight.to(store.pool.device).view(len(weight), per_row, -1)
-    norms = torch.linalg.vector_norm(chunks, dim=2, dtype=torch.float32)
+    chunks = weight.to(store.pool.device).unflatten(1, (per_row, -1))
+    norms = torch.linalg.vector_norm(chunks.float(), dim=2)
     if store.config.prefix:
         norms = norms.cummin(1).values
     if spec.padding_idx is not None:

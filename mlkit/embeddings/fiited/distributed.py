@@ -40,7 +40,8 @@ def resolve_group(group: Any) -> Any:
 def exclude_from_broadcast(model: nn.Module) -> None:
     """Keep DDP from sending the buffers of a model's stores before each forward pass.
 
-    They are equal on all ranks as it is. Call it before `DistributedDataParallel(model)`.
+    They are equal on all ranks as it is, and DDP would keep the old ones alive after a resize.
+    Call it before `DistributedDataParallel(model)`; the callback `EmbeddingBudget` does.
     """
     from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 

@@ -83,7 +83,7 @@ class DynamicEmbedding(DynamicTable):
             IndexOutOfRange: For an id outside the table.
             InvalidTypeError: For ids that are not int64 or int32.
         """
-        found = self._lookup(self._rows(input))
+        found = self._lookup(self._flat(input))
         return found.view(*input.shape, self.embedding_dim)
 
     @classmethod

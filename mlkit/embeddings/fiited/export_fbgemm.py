@@ -89,12 +89,12 @@ def _check(bags: Sequence[DynamicEmbeddingBag]) -> None:
         if bag.mode == "max" or (bag.mode == "mean" and bag.padding_idx is not None):
             extra = "" if bag.mode == "max" else " with padding_idx"
             raise InvalidValueError(
-                f"FBGEMM has no mode {bag.mode!r}{extra} (table {bag.name!r}); to_dense() exports it"
+                f"FBGEMM has no mode {bag.mode!r}{extra} (table {bag.name!r}); to_dense() has"
             )
         if bag.store.config.id_map != "identity":
             raise InvalidValueError(
-                f"ids of table {bag.name!r} are hashed, which FBGEMM does not do; to_dense() exports "
-                "its rows"
+                f"ids of table {bag.name!r} are hashed, which FBGEMM does not do; to_dense() "
+                "exports its rows"
             )
     if not bags or len({bag.mode for bag in bags}) > 1:
         raise InvalidValueError(f"bags must be some of one mode, got {[b.mode for b in bags]}")

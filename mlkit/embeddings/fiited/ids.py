@@ -13,6 +13,7 @@ behind the table's rows, which never gets storage and earns no utility.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -63,20 +64,7 @@ class _Columns:
     """What is known of the table of each id, as tensors that broadcast with the ids."""
 
     def __init__(self, tables: Tables, number: int | Tensor, device: torch.device) -> None:
-        if isinstance(number, int):
-            spec = tables.specs[number]
-            padding = -1 if spec.padding_idx is None else spec.padding_idx
-            found = torch.tensor([tables.first[number], spec.num_embeddings, padding])
-            self.first, self.size, self.padding = found.to(device).unbind()
-        else:
-            specs = tables.specs
-            columns = (
-                tables.first,
-                [s.num_embeddings for s in specs],
-                [-1 if s.padding_idx is None else s.padding_idx for s in specs],
-            )
-            found = torch.tensor(columns, device=device)[:, number]
-            self.first, self.size, self.padding = found.unbind()
+        self.first, self.size, self.padding = tables.columns(device)[:, number].unbind()
 
 
 def hash_rows(
@@ -108,16 +96,16 @@ class ExactIds:
     """
 
     def __init__(self, tables: Tables, keys: Int[Tensor, " rows"], seed: int) -> None:
-        self._tables, self._keys, self._seed = tables, keys, seed
+        self._tables, self.keys, self._seed = tables, keys, seed
         steps = [_coprime(s.num_embeddings) for s in tables.specs]
         self._steps = torch.tensor(steps, device=keys.device)
 
     def clear(self) -> None:
         """Forget all ids."""
-        self._keys.zero_()
+        self.keys.zero_()
         for first, spec in zip(self._tables.first, self._tables.specs, strict=True):
             if spec.padding_idx is not None:
-                self._keys[first + spec.padding_idx] = spec.padding_idx ^ _LOWEST
+                self.keys[first + spec.padding_idx] = spec.padding_idx ^ _LOWEST
 
     def find(self, ids: Int[Tensor, " n"], number: int | Tensor) -> Int[Tensor, " n"]:
         """Return the row of each id within its table; of an unknown id, the spare row."""
@@ -127,7 +115,7 @@ class ExactIds:
         open_ = torch.arange(len(ids), device=ids.device)
         for start, stop in _BLOCKS:
             places = self._places(ids, number, start, stop, open_)
-            found = self._keys[places]
+            found = self.keys[places]
             hit = found == (ids[open_] ^ _LOWEST).unsqueeze(1)
             hit &= (found != _FREE) & (found != _DELETED)
             is_hit = hit.any(1)
@@ -157,25 +145,25 @@ class ExactIds:
         given = torch.full_like(ids, -1)
         while len(left):
             places = self._places(ids, number, 0, PROBES, left)
-            found = self._keys[places]
+            found = self.keys[places]
             vacant = (found == _FREE) | (found == _DELETED)
             has_place = vacant.any(1)
             at = places.gather(1, vacant.long().argmax(1, keepdim=True)).squeeze(1)
             left, at = left[has_place], at[has_place]
             distinct, group = torch.unique(at, return_inverse=True)
             winner = torch.full_like(distinct, len(ids)).scatter_reduce_(0, group, left, "amin")
-            self._keys[distinct] = ids[winner] ^ _LOWEST
+            self.keys[distinct] = ids[winner] ^ _LOWEST
             given[winner] = distinct
             left = left[winner[group] != left]
         return given[given >= 0], given < 0
 
     def remove(self, rows: Int[Tensor, " rows"]) -> None:
         """Take the ids of rows of the header away."""
-        self._keys[rows] = _DELETED
+        self.keys[rows] = _DELETED
 
     def is_used(self, rows: slice) -> Bool[Tensor, " rows"]:
         """Say which of these rows of the header an id has."""
-        keys = self._keys[rows]
+        keys = self.keys[rows]
         return (keys != _FREE) & (keys != _DELETED)
 
     def _places(
@@ -192,6 +180,7 @@ class ExactIds:
         return of.first.unsqueeze(-1) + (home + probe * step) % size
 
 
+@functools.lru_cache(maxsize=4096)
 def _coprime(size: int) -> Sequence[int]:
     """Return `_STEPS` steps without a divisor in common with `size`, spread over its range."""
     found = []

@@ -18,7 +18,7 @@ from mlkit.embeddings.fiited.round import RoundStats
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 from mlkit.embeddings.fiited.tables import TableSpec
 from mlkit.embeddings.memory import MemoryReport
-from mlkit.errors import InvalidTypeError, InvalidValueError, nearest
+from mlkit.errors import InvalidTypeError, nearest
 
 __all__ = ["DynamicTable", "resize_store", "resolve_config"]
 
@@ -64,7 +64,7 @@ def resize_store(
         config,
         store.tables.num_rows,
         store.embedding_dim,
-        padding_rows=len(store.tables.padding_rows),
+        padding_rows=len(store.tables.empty_rows),
     )
     store.resize(new.num_chunks)
 
@@ -109,11 +109,6 @@ class DynamicTable(nn.Module):
         scale_grad_by_freq: bool = False,
     ) -> None:
         spec = store.tables.specs[table]
-        if store.config.id_map == "exact":
-            raise InvalidValueError(
-                f"id_map 'exact' is not available for {type(self).__name__} ({spec.name}): "
-                "use 'hash' with more rows than ids"
-            )
         self.store, self.table = store, table
         self.num_embeddings, self.embedding_dim = spec.num_embeddings, store.embedding_dim
         self.padding_idx, self.sparse = spec.padding_idx, store.sparse
@@ -140,8 +135,7 @@ class DynamicTable(nn.Module):
         """Of the table, as it is in messages."""
         return self.store.tables.specs[self.table].name
 
-    def _rows(self, input: Int[Tensor, "*shape"]) -> Int[Tensor, " n"]:
-        """Return the rows of ids, flat."""
+    def _flat(self, input: Int[Tensor, "*shape"]) -> Int[Tensor, " n"]:
         if input.dtype not in (torch.int64, torch.int32):
             raise InvalidTypeError(
                 f"ids of table {self.name!r} must be int64 or int32, got {input.dtype}"
@@ -150,7 +144,7 @@ class DynamicTable(nn.Module):
 
     def _lookup(
         self,
-        rows: Int[Tensor, " n"],
+        ids: Int[Tensor, " n"],
         offsets: Int[Tensor, " bags_plus_1"] | None = None,
         weights: Float[Tensor, " n"] | None = None,
         *,
@@ -159,7 +153,7 @@ class DynamicTable(nn.Module):
     ) -> Float[Tensor, "bags dim"]:
         found = lookup(
             self.store,
-            rows,
+            ids,
             offsets,
             weights,
             tables=(self.table,),
@@ -177,7 +171,7 @@ class DynamicTable(nn.Module):
     def density(self) -> float:
         """Fraction of the table's chunks that have storage now."""
         resident = self.store.resident(self.store.tables.rows_of(self.table))
-        return float(resident.float().mean())
+        return int(resident.sum()) / resident.numel()
 
     def dims(self) -> Int[Tensor, " rows"]:
         """Return the present dimension of every row."""

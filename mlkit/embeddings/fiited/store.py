@@ -88,6 +88,7 @@ class DynamicEmbeddingStore(nn.Module):
         InvalidValueError: For a budget below the headers, or K that does not divide D.
     """
 
+    resizes_on_load = True
     pool: nn.Parameter
     header: Tensor
     keys: Tensor
@@ -134,6 +135,7 @@ class DynamicEmbeddingStore(nn.Module):
         self.process_group: Any = "auto"
         self.grad_scale = 1.0
         self.follow_checkpoints = False
+        self._exact: ExactIds | None = None
         self._driver: weakref.ref[Any] | None = None
         self._group_number = 0
         self._loading: list[str] | None = None
@@ -185,6 +187,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._has_warned = False
         self._placement: Placement | None = None
         self._saved_free: Tensor | None = None
+        self._extra: weakref.ref[Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Empty all rows; at density 1 fill them with their initial values."""
@@ -250,7 +253,9 @@ class DynamicEmbeddingStore(nn.Module):
         """The table of keys of `id_map="exact"`."""
         if self.config.id_map != "exact":
             return None
-        return ExactIds(self.tables, self.keys, self.config.seed)
+        if self._exact is None or self._exact.keys is not self.keys:
+            self._exact = ExactIds(self.tables, self.keys, self.config.seed)
+        return self._exact
 
     def map_ids(
         self,
@@ -362,10 +367,12 @@ class DynamicEmbeddingStore(nn.Module):
         return {
             **state,
             "_placement": None,
+            "_exact": None,
             "_optimizers": [],
             "_driver": None,
             "_pending": [],
             "_loading": None,
+            "_extra": None,
             "unseen": [],
         }
 
@@ -622,22 +629,12 @@ class DynamicEmbeddingStore(nn.Module):
 
         The kernels sum gradients by table, so a table may occur only once among theirs.
         """
-        count = len(metadata)
-        if offsets is None:
-            ends = [(t + 1) * (len(indices) // count) for t in range(count)]
-        else:
-            batch = (len(offsets) - 1) // count
-            ends = [int(offsets[(t + 1) * batch]) for t in range(count)]
+        place = table_of(len(indices), len(metadata), offsets, indices.device)
+        first, _, pad = metadata.to(indices.device).unbind(1)
         padding = next(iter(self.tables.padding_rows), -1)
-        rows, start = indices.long(), 0
-        for (first, _, pad), end in zip(metadata.tolist(), ends, strict=True):
-            part = rows[start:end]
-            rows = torch.cat([
-                rows[:start], torch.where(part == pad, padding, part + first), rows[end:],
-            ])  # fmt: skip
-            start = end
+        rows = torch.where(indices == pad[place], padding, indices + first[place])
         whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        by_bag = grad.unflatten(1, (len(metadata), -1)).transpose(0, 1).flatten(0, 1)
         return whole, rows, by_bag.contiguous()
 
     def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
@@ -819,7 +816,13 @@ class DynamicEmbeddingStore(nn.Module):
         values = [*counts, self._log_scale, self._exponent, float(self._lr)]
         clock = torch.tensor(values, dtype=torch.float64)
         free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
-        return torch.cat([clock, self.dropped.double(), free])
+        found = torch.cat([clock, self.dropped.double(), free])
+        # A store that several modules share gives the same tensor to each of them.
+        before = None if self._extra is None else self._extra()
+        if before is not None and torch.equal(before, found):
+            return before
+        self._extra = weakref.ref(found)
+        return found
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""

@@ -68,6 +68,7 @@ class Tables:
             self.spare_rows = [
                 first + s.num_embeddings for first, s in zip(self.first, self.specs, strict=True)
             ]
+        self._columns: dict[torch.device, Tensor] = {}
         self._metadata: dict[tuple[int, ...], Tensor] = {}
 
     def _tensor(self, numbers: Sequence[int]) -> Int[Tensor, "tables 3"]:
@@ -78,6 +79,15 @@ class Tables:
             size = spec.num_embeddings + bool(self.spare_rows)
             rows.append([self.first[number], size, padding])
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def columns(self, device: torch.device) -> Int[Tensor, "3 tables"]:
+        """First row, number of rows without the spare one, and padding of all tables."""
+        found = self._columns.get(device)
+        if found is None:
+            found = self._tensor(range(len(self.specs))).T.contiguous()
+            found[1] -= int(bool(self.spare_rows))
+            found = self._columns[device] = found.to(device)
+        return found
 
     def rows_of(self, number: int) -> slice:
         """Return the header's rows of a table, without the spare one."""

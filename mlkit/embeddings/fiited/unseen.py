@@ -25,8 +25,7 @@ def collect_unseen(
     store: DynamicEmbeddingStore, ids: Tensor, number: int | Tensor, rows: Int[Tensor, " n"]
 ) -> None:
     """Remember the ids whose row is the spare one, until the step ends."""
-    sizes = torch.tensor([s.num_embeddings for s in store.tables.specs], device=rows.device)
-    unknown = rows == sizes[number]
+    unknown = rows == store.tables.columns(rows.device)[1][number]
     found = ids[unknown].long()
     if len(found):
         of = torch.as_tensor(number, device=ids.device).expand_as(ids)[unknown]

@@ -91,7 +91,7 @@ class MaskedOracle:
         self.bad_rows = 0
         self.torch_steps = 0
         self.scale = 1.0  # of utilities where they are stored; matters to the percentile alone
-        self._earned: dict[int, tuple[int, Array]] = {}
+        self._earned: dict[int, list[tuple[int, Array]]] = {}
 
     # one step -----------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class MaskedOracle:
         weights: Array | None = None,
         mode: str = "sum",
     ) -> None:
-        """Keep the gradient of a lookup's output for the end of the step; one call a table."""
+        """Keep the gradient of a lookup's output for the end of the step."""
         sums: dict[int, Array] = {}
         counts: dict[int, int] = {}
         for number, bag in enumerate(self._bags(table, ids, offsets, weights, mode)):
@@ -151,7 +151,7 @@ class MaskedOracle:
                 sums[row] = sums.get(row, 0) + part
                 counts[row] = counts.get(row, 0) + 1
         for row, gradient in sums.items():
-            self._earned[row] = (counts[row], gradient)
+            self._earned.setdefault(row, []).append((counts[row], gradient))
 
     def step(self, target: int | None = None) -> Outcome | None:
         """End a step: decay, utilities, update, new rows, and a round if one is due.
@@ -165,25 +165,28 @@ class MaskedOracle:
         earned, self._earned = dict(sorted(self._earned.items())), {}
         fused = self.config.optimizer is not None
         new = [r for r in earned if not self.mask[r].any() and not self.utility[r].any()]
-        for row, (accesses, gradient) in earned.items():
-            self._earn(row, accesses, gradient)
-            if self.config.optimizer == "rowwise_adagrad":
-                self.row_state[row] += (gradient**2).mean()
-            self._update(row, gradient)
+        state = self.row_state.copy()
+        for row, parts in earned.items():
+            for accesses, gradient in parts:
+                self._earn(row, accesses, gradient)
+                self._update(row, gradient)
         for row in new:
             room = min(self.k, self.target - int(self.mask.sum()))
             if room > 0:
                 self.mask[row, :room] = True
                 self.weight[row, :room] = self.initial[row, :room]
-                if fused:
-                    self._update(row, earned[row][1])
+                self.row_state[row] = state[row]
+                for _, gradient in earned[row] if fused else ():
+                    self._update(row, gradient)
         found = None
         if self.config.is_round(self.steps):
             before, self.target = self.target, self.target if target is None else target
             found = self.round(force=self.target < before)
         self.scale /= self.config.decay_per_step
         if found is not None and self.scale > 1e12:
-            self.scale = self.config.decay_per_step
+            self.scale = 1.0
+            # what a float32 cannot hold was never read: it counts in no percentile
+            self.utility[self.utility < 2.0**-150] = 0
         return found
 
     def _earn(self, row: int, accesses: int, gradient: Array) -> None:
@@ -203,6 +206,8 @@ class MaskedOracle:
     def _update(self, row: int, gradient: Array) -> None:
         c = self.config
         name = c.optimizer or self.torch_optimizer
+        if name == "rowwise_adagrad":  # of all D dimensions, resident or not
+            self.row_state[row] += (gradient**2).mean()
         lr, eps = c.lr, c.eps
         for k in range(self.k):
             if not self.mask[row, k]:

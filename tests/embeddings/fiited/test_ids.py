@@ -11,6 +11,7 @@ from mlkit.embeddings import DynamicEmbeddingStore, FIITEDConfig, TableSpec
 from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, mix, table_of
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.tables import Tables
+from mlkit.embeddings.fiited.unseen import evict_ids
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
@@ -233,6 +234,18 @@ def test_round_makes_place_for_ids_that_were_turned_away():
     assert store.exact_ids.find(torch.tensor([gone]), 0).tolist() == [10]
 
 
+def test_ids_with_a_chunk_never_leave():
+    store = make_store((10,), density=0.2)
+    train(store, list(range(10)))
+    resident = store.resident(slice(0, 10)).any(1)
+    store.forget(resident.nonzero().squeeze(1))
+    store.dropped[0] = 5
+    assert evict_ids(store) == 1  # at most a tenth of the table
+    assert store.exact_ids.is_used(slice(0, 10))[resident].all()
+    assert int((store.exact_ids.find(torch.arange(10), 0) < 10).sum()) == 9
+    assert not store.dropped.any()
+
+
 def test_keys_are_counted_and_saved():
     store = make_store((50,), density=0.5)
     train(store, [3, 9, -4])
@@ -241,3 +254,34 @@ def test_keys_are_counted_and_saved():
     other.load_state_dict(store.state_dict())
     ids = torch.tensor([-4, 3, 9, 8])
     assert torch.equal(lookup(other, ids, tables=[0]), lookup(store, ids, tables=[0]))
+
+
+@pytest.mark.parametrize("id_map", ["identity", "hash", "exact"])
+def test_lookup_compiles_into_one_graph(id_map):
+    store = make_store(id_map=id_map)
+    train(store, [1, 2, 3])
+    ids = torch.tensor([3, 1, 1])
+
+    def double(ids):
+        return 2 * lookup(store, ids, tables=[0])
+
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), double(ids))
+    assert compiled(ids).any()
+    compiled(torch.tensor([3, 19, 0])).sum().backward()
+    store.step()
+    if id_map == "exact":
+        assert int(store.exact_ids.find(torch.tensor([19]), 0)) < 20
+
+
+@pytest.mark.parametrize("id_map", ["identity", "hash", "exact"])
+def test_no_ids_at_all(id_map):
+    store = make_store((5, 6), id_map=id_map)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert lookup(store, none, tables=[1]).shape == (0, 4)
+    out = lookup(store, none, torch.zeros(7, dtype=torch.int64))
+    assert out.shape == (3, 8)
+    assert not out.any()
+    out.sum().backward()
+    store.step()
+    assert not store.utilities(slice(0, 11)).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def stream(seed: int, steps: int, dim: int, sizes: tuple[int, ...]) -> Iterator[
             typical = np.stack(
                 [
                     scale[table][ids[a:b]].mean(0) if b > a else np.ones(dim)
-                    for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+                    for a, b in itertools.pairwise(offsets)
                 ]
             )
             grad = rng.normal(size=(5, dim)) * typical
@@ -156,45 +157,54 @@ class Pair:
 
 
 CASES = {
-    "slab sgd": dict(layout="slab", optimizer="sgd"),
-    "chunk sgd": dict(layout="chunk", optimizer="sgd"),
-    "rowwise": dict(optimizer="rowwise_adagrad", eps=1e-4),
-    "adagrad": dict(optimizer="adagrad", eps=1e-3),
-    "adagrad chunk": dict(optimizer="adagrad", eps=1e-3, layout="chunk"),
-    "adam": dict(optimizer="adam", eps=1e-3),
-    "one chunk": dict(num_chunks=1, optimizer="sgd"),
-    "eight chunks": dict(num_chunks=8, optimizer="adam", eps=1e-3, target_density=0.3),
-    "three chunks, prefix": dict(num_chunks=3, optimizer="sgd", prefix=True),
-    "prefix chunk layout": dict(optimizer="rowwise_adagrad", eps=1e-3, prefix=True, layout="chunk"),
-    "not normalised": dict(optimizer="sgd", normalize="none", hysteresis=0.3),
-    "per table": dict(optimizer="sgd", normalize="per_table"),
-    "geometric": dict(optimizer="sgd", schedule="geometric", prune_every=11),
-    "trigger": dict(optimizer="sgd", trigger=0.25),
-    "no hysteresis": dict(optimizer="sgd", hysteresis=0.0),
-    "quick decay": dict(optimizer="sgd", decay=0.05, hysteresis=0.0),
-    "accesses": dict(optimizer="sgd", utility="freq", decay=1.0, normalize="none"),
-    "accesses, no hysteresis": dict(
-        optimizer="sgd", utility="freq", decay=1.0, normalize="none", hysteresis=0.0
-    ),
-    "gradient alone, sampled": dict(optimizer="sgd", utility="grad", utility_every=3),
-    "norms": dict(optimizer="adagrad", eps=1e-3, utility="l2"),
-    "initial values again": dict(optimizer="sgd", admission="init"),
-    "one chunk in all": dict(optimizer="sgd", target_density=0.006, hysteresis=0.0),
-    "more than half": dict(optimizer="adagrad", eps=1e-3, target_density=0.55),
+    "slab sgd": {"layout": "slab", "optimizer": "sgd"},
+    "chunk sgd": {"layout": "chunk", "optimizer": "sgd"},
+    "rowwise": {"optimizer": "rowwise_adagrad", "eps": 1e-4},
+    "adagrad": {"optimizer": "adagrad", "eps": 1e-3},
+    "adagrad chunk": {"optimizer": "adagrad", "eps": 1e-3, "layout": "chunk"},
+    "adam": {"optimizer": "adam", "eps": 1e-3},
+    "one chunk": {"num_chunks": 1, "optimizer": "sgd"},
+    "eight chunks": {"num_chunks": 8, "optimizer": "adam", "eps": 1e-3, "target_density": 0.3},
+    "three chunks, prefix": {"num_chunks": 3, "optimizer": "sgd", "prefix": True},
+    "prefix chunk layout": {
+        "optimizer": "rowwise_adagrad",
+        "eps": 1e-3,
+        "prefix": True,
+        "layout": "chunk",
+    },
+    "not normalised": {"optimizer": "sgd", "normalize": "none", "hysteresis": 0.3},
+    "per table": {"optimizer": "sgd", "normalize": "per_table"},
+    "geometric": {"optimizer": "sgd", "schedule": "geometric", "prune_every": 11},
+    "trigger": {"optimizer": "sgd", "trigger": 0.25},
+    "no hysteresis": {"optimizer": "sgd", "hysteresis": 0.0},
+    "quick decay": {"optimizer": "sgd", "decay": 0.05, "hysteresis": 0.0},
+    "accesses": {"optimizer": "sgd", "utility": "freq", "decay": 1.0, "normalize": "none"},
+    "accesses, no hysteresis": {
+        "optimizer": "sgd",
+        "utility": "freq",
+        "decay": 1.0,
+        "normalize": "none",
+        "hysteresis": 0.0,
+    },
+    "gradient alone, sampled": {"optimizer": "sgd", "utility": "grad", "utility_every": 3},
+    "norms": {"optimizer": "adagrad", "eps": 1e-3, "utility": "l2"},
+    "initial values again": {"optimizer": "sgd", "admission": "init"},
+    "one chunk in all": {"optimizer": "sgd", "target_density": 0.006, "hysteresis": 0.0},
+    "more than half": {"optimizer": "adagrad", "eps": 1e-3, "target_density": 0.55},
 }
 
 
 def config_of(**changes: Any) -> FIITEDConfig:
-    base = dict(
-        target_density=0.35,
-        num_chunks=4,
-        schedule="fixed",
-        prune_every=4,
-        trigger=0.0,
-        lr=0.05,
-        decay=0.8,
-        init_scale=0.5,
-    )
+    base = {
+        "target_density": 0.35,
+        "num_chunks": 4,
+        "schedule": "fixed",
+        "prune_every": 4,
+        "trigger": 0.0,
+        "lr": 0.05,
+        "decay": 0.8,
+        "init_scale": 0.5,
+    }
     return FIITEDConfig(**{**base, **changes})
 
 
@@ -316,3 +326,23 @@ def test_a_ramp_descends_with_the_oracle() -> None:
         assert pair.store.num_resident <= pair.store.target
     pair.compare()
     assert pair.store.target == final
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
+@pytest.mark.parametrize("utility", ["freq_grad", "freq"])
+def test_two_lookups_of_a_table_in_one_step(optimizer: Any, utility: Any) -> None:
+    """Each is a backward of its own, for rows that are new in this step too."""
+    config = config_of(optimizer=optimizer, utility=utility, eps=1e-3, decay=1.0, normalize="none")
+    pair = Pair(config, DIM)
+    first, second = stream(3, 16, DIM, SIZES), stream(8, 16, DIM, SIZES)
+    for one, two in zip(first, second, strict=True):
+        for table, batches in enumerate(zip(one, two, strict=True)):
+            for batch in batches:
+                ids, offsets, weights, grad = batch.tensors()
+                pair.store.backward([table], ids, offsets, 1, weights, grad, batch.mode)
+                pair.oracle.backward(
+                    table, batch.ids, batch.offsets, batch.grad, batch.weights, batch.mode
+                )
+        pair.store.step()
+        pair.oracle.step()
+    pair.compare()
