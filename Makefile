@@ -46,6 +46,7 @@ bench: $(STAMP)  ## measure every subject against its peers
 	$(BIN)/python scripts/bench.py lte --json docs/results/bench-lte.json
 	$(BIN)/python scripts/bench.py serving --json docs/results/bench-serving.json
 	$(BIN)/python scripts/bench.py federated --json docs/results/bench-federated.json
+	$(BIN)/python scripts/bench.py embeddings --json docs/results/bench-embeddings.json
 
 results: $(STAMP)  ## rerun the experiments behind docs/RESULTS.md
 	$(BIN)/python scripts/reproduce.py

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mlkit.embeddings.fiited.pages import ask_for_large_pages
 from scripts.benchmarks._embeddings_case import Case, batches
 from scripts.benchmarks._harness import alternate, calling
 
@@ -56,7 +57,9 @@ def measure(size: int, accesses: int, repeats: int) -> dict[str, float]:
     library = _library()
     if library is None:
         return {}
-    memory = torch.ones(size, dtype=torch.uint8)
+    memory = torch.empty(size, dtype=torch.uint8)
+    ask_for_large_pages(memory)
+    memory.fill_(1)
     found = {}
     for lines in range(1, _MOST_LINES + 1):
         for write, name in enumerate(("read", "write")):

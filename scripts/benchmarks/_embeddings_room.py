@@ -1,4 +1,4 @@
-"""Processes for cases that fill the memory: one at a time, in turn, and no larger than what is free."""
+"""Processes for cases that fill the memory: one at a time, in turn, no larger than what is free."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def child(bench: Bench, target: str, **arguments: Any) -> dict[str, float]:
     module, _, function = target.partition(":")
     module = f"scripts.benchmarks.{module}"
     if not bench.quick:
-        found = in_fresh_process(f"{module}:{function}", **arguments)
-        return found
+        return in_fresh_process(f"{module}:{function}", **arguments)
     result = getattr(importlib.import_module(module), function)(**arguments)
     return {**result, "peak_bytes": peak_rss()}
 

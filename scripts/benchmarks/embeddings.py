@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scripts.benchmarks import (
+    _embeddings_gpu,
     _embeddings_memory,
     _embeddings_options,
     _embeddings_round,
@@ -21,3 +22,4 @@ def rows(bench: Bench) -> Iterator[Row]:
     yield from _embeddings_options.rows(bench)
     yield from _embeddings_round.rows(bench)
     yield from _embeddings_memory.rows(bench)
+    yield from _embeddings_gpu.rows(bench)

@@ -308,3 +308,59 @@ def test_lte_rows_of_a_gpu_in_the_interpreter():
     assert sum(" 17 tokens" in line for line in lines) == 5 * 3
     for peer in ("F.linear", "torch.compile", "index_select", "TEAL", "masked dense"):
         assert any(line.rpartition("router ")[2].count(peer) for line in lines), peer
+
+
+def test_embeddings_rows_cover_steps_options_rounds_and_memory(capsys):
+    from scripts.benchmarks import embeddings
+    from scripts.benchmarks._embeddings_case import has_fbgemm
+
+    found = list(embeddings.rows(Bench(quick=True)))
+    groups = {
+        "3 tables": 72 + 70 * has_fbgemm(),
+        "utilities in a step": 8,
+        "options of a store": 10,
+        "pruning round": 11,
+        "training of": 3,
+    }
+    counts = {g: sum(row.case.startswith(g) for row in found) for g in groups}
+    assert counts == groups
+    for row in found:
+        assert 0 < row.value < math.inf, row
+        assert (row.peer is None) == (row.ratio is None), row
+    round_parts = {r.metric for r in found if r.case.startswith("pruning round")}
+    assert {"CPU time of threshold", "CPU time of moving"} <= round_parts
+    assert "no CUDA device" in capsys.readouterr().err or torch.cuda.is_available()
+
+
+def test_embeddings_rows_of_a_gpu_run_on_a_cpu_too():
+    from scripts.benchmarks._embeddings_case import Case
+    from scripts.benchmarks._embeddings_gpu import case_rows
+
+    found = list(case_rows(Bench(quick=True), Case(tables=3, rows=100, dim=8, batch=16), "cpu"))
+    assert {row.metric for row in found} == {"training step", "inference"}
+    assert len(found) == 8
+    assert all(row.limit == 1.3 * row.peer_value for row in found)
+
+
+def test_embeddings_that_do_not_fit_are_fewer_tables(monkeypatch, capsys):
+    from scripts.benchmarks import _embeddings_room as room
+    from scripts.benchmarks._embeddings_case import Case
+
+    case = Case(tables=26, rows=10, dim=8, batch=16)
+    monkeypatch.setattr(room, "_available", lambda: room._SLACK + 2500)
+    assert room.fitting(Bench(quick=True), case, 1000).tables == 2
+    assert "2 tables are measured" in capsys.readouterr().err
+    assert room.fitting(Bench(quick=True), case, 10) is case
+    monkeypatch.setattr(room, "_available", lambda: None)
+    assert room.fitting(Bench(quick=True), case, 10**15) is case
+
+
+def test_zipf_ids_are_popular_anywhere_and_in_range():
+    from scripts.benchmarks._embeddings_case import IDS, Case, batches
+
+    case = Case(tables=2, rows=1000, dim=8, batch=4000)
+    uniform, zipf = (torch.bincount(batches(case, ids, 1)[0], minlength=1000) for ids in IDS)
+    assert len(zipf) == len(uniform) == 1000
+    share = 1 / sum(rank**-1.05 for rank in range(1, 1001))
+    assert int(zipf.max()) == pytest.approx(8000 * share, rel=0.15)
+    assert int(uniform.max()) < 40

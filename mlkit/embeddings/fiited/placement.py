@@ -1,7 +1,7 @@
 """Where the chunks of rows are: masks of resident chunks in, addresses and moved values out.
 
-`Placement` serves both layouts. It moves whatever is indexed by slot, the weights and every state of
-an optimizer alike, so that a chunk and its state never part.
+`Placement` serves both layouts. It moves whatever is indexed by slot, the weights and every state
+of an optimizer alike, so that a chunk and its state never part.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.distributed import gather_gradients, resolve_group
 from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, table_of
 from mlkit.embeddings.fiited.initial import initial_values
+from mlkit.embeddings.fiited.pages import ask_for_large_pages, new_zeros
 from mlkit.embeddings.fiited.placement import Placement
 from mlkit.embeddings.fiited.round import Round, RoundStats
 from mlkit.embeddings.fiited.tables import Tables, TableSpec
@@ -119,15 +120,15 @@ class DynamicEmbeddingStore(nn.Module):
         slots, width = self.plan.num_slots, embedding_dim // config.num_chunks
         factory: dict[str, Any] = {"device": device}
         words = self.layout.words(config.num_chunks)
-        header = torch.zeros(self.tables.num_rows, words, dtype=torch.int32, **factory)
+        header = torch.empty(self.tables.num_rows, words, dtype=torch.int32, **factory)
         self.register_buffer("header", header)
         if config.id_map == "exact":
             keys = torch.zeros(self.tables.num_rows, dtype=torch.int64, **factory)
             self.register_buffer("keys", keys)
-        pool = torch.zeros(slots, width, dtype=dtype, **factory)
+        pool = torch.empty(slots, width, dtype=dtype, **factory)
         self.pool = nn.Parameter(pool, requires_grad=config.optimizer is None)
         for name, shape in self._state_shapes(slots, width).items():
-            self.register_buffer(name, torch.zeros(shape, **factory))
+            self.register_buffer(name, torch.empty(shape, **factory))
         if config.optimizer is not None:
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
@@ -195,6 +196,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._optimizers = optimizers
         with torch.no_grad():
             for tensor in (self.header, self.pool, *self.states):
+                ask_for_large_pages(tensor)
                 tensor.zero_()
             addresses = self.layout.addresses(self.header, self.config.num_chunks)
             addresses.fill_(0 if self.layout.slab else -1)
@@ -779,7 +781,7 @@ class DynamicEmbeddingStore(nn.Module):
                 "a new store and load a checkpoint of this one"
             )
         columns = self.columns()
-        made = [c.new_zeros(new.num_slots, *c.shape[1:]) for c in columns]
+        made = [new_zeros(c, new.num_slots, *c.shape[1:]) for c in columns]
 
         def copy(old: Tensor, at: Tensor) -> None:
             for column, target in zip(columns, made, strict=True):
@@ -880,7 +882,7 @@ class DynamicEmbeddingStore(nn.Module):
         shapes = self._state_shapes(new.num_slots, self.pool.shape[1])
         for name, shape in shapes.items():
             setattr(self, name, self.header.new_zeros(shape, dtype=torch.float32))
-        self.pool.data = self.pool.new_zeros(new.num_slots, self.pool.shape[1])
+        self.pool.data = new_zeros(self.pool, new.num_slots, self.pool.shape[1])
         self.pool.grad = None
         self.plan = new
 
