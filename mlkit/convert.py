@@ -38,6 +38,12 @@ __all__ = [
 
 _CONVERTERS: dict[str, str] = {
     "mlkit.sparsity.config.LTEConfig": "mlkit.sparsity.converter:LTEConverter",
+    **{
+        f"mlkit.embeddings.baselines.config.{name}": (
+            "mlkit.embeddings.baselines.converter:BaselineConverter"
+        )
+        for name in ("CAFEConfig", "HashingConfig", "MDEConfig", "NarrowConfig", "QRConfig")
+    },
 }
 _TAG = "_mlkit_conversion"
 

@@ -1,0 +1,1 @@
+"""Baselines for embedding tables of fewer bytes: each a drop-in for `nn.EmbeddingBag`."""
