@@ -56,11 +56,11 @@ class FIITEDSettings:
         optimizer: Of the tables: "rowwise_adagrad", "adagrad" or "sgd".
         table_lr: Learning rate of the tables by method; "default" for the others.
         dense_lr: Of everything else (Adam).
-        batch_size: Examples of a step.
         max_steps: Steps of a fit at most; None for one pass over the training part.
         config: Arguments of `FIITEDConfig` beside its budget, optimizer and learning rate.
         baselines: Arguments of the other methods' configs, by method.
         memory_steps: Steps of the process whose peak memory is measured.
+        window: Steps of a window of forecasts, whose AUC is drawn over time.
 
     Raises:
         InvalidValueError: For a value out of range.
@@ -76,11 +76,11 @@ class FIITEDSettings:
     optimizer: str = "rowwise_adagrad"
     table_lr: Mapping[str, float] = field(default_factory=lambda: {"default": 0.05})
     dense_lr: float = 1e-3
-    batch_size: int = 512
     max_steps: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     memory_steps: int = 8
+    window: int = 100
 
     def __post_init__(self) -> None:
         fractions = self.fractions
@@ -111,7 +111,7 @@ class FIITEDSettings:
             )
         if min([*self.table_lr.values(), self.dense_lr]) <= 0:
             raise InvalidValueError("fiited.table_lr and fiited.dense_lr must be above 0")
-        for name in ("num_seeds", "batch_size", "memory_steps"):
+        for name in ("num_seeds", "memory_steps", "window"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"fiited.{name} must be at least 1")
         if self.max_steps is not None and self.max_steps < 1:
