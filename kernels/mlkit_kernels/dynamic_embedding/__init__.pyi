@@ -1,3 +1,4 @@
+from .backends import available_backends as available_backends
 from .header import HeaderLayout as HeaderLayout
 from .op import apply as apply
 from .op import backward as backward

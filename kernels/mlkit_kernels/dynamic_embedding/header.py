@@ -61,9 +61,10 @@ class HeaderLayout(NamedTuple):
         return (1 if self.slab else num_chunks) * (1 + self.wide)
 
     def words(self, num_chunks: int) -> int:
-        """Words of a row; four bytes each."""
+        """Words of a row, four bytes each; an even number where addresses have 64 bits."""
         utilities = num_chunks if self.utility_bytes == 4 else -(-num_chunks // 4)
-        return self.address_words(num_chunks) + self.row_state + utilities
+        found = self.address_words(num_chunks) + self.row_state + utilities
+        return found + (found % 2 if self.wide else 0)
 
     def addresses(self, header: Int[Tensor, "rows words"], num_chunks: int) -> Tensor:
         """View of the addresses, int32 or int64: [rows, 1] in `slab`, [rows, K] in `chunk`."""

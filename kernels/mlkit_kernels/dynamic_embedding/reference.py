@@ -32,6 +32,7 @@ __all__ = [
     "Update",
     "apply_gradients",
     "backward_reference",
+    "check_indices",
     "forward_reference",
     "reduce_gradients",
 ]
@@ -109,6 +110,21 @@ def _rows(indices: Tensor, bag: Tensor, tables: Tensor, num_bags: int) -> tuple[
     if wrong.numel():
         raise IndexOutOfRange(int(table[wrong[0]]), int(indices[wrong[0]]), int(size[wrong[0]]))
     return first + indices, indices != padding
+
+
+def check_indices(
+    tables: Int[Tensor, "tables 3"],
+    indices: Int[Tensor, " n"],
+    offsets: Int[Tensor, " bags_plus_1"] | None,
+    bag_size: int,
+) -> None:
+    """Look for an index outside its table.
+
+    Raises:
+        IndexOutOfRange: For the first one.
+    """
+    bag, num_bags = _bags(indices.numel(), offsets, bag_size, indices.device)
+    _rows(indices, bag, tables, num_bags)
 
 
 class IndexOutOfRange(InvalidValueError, IndexError):
