@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 _CONVERTERS: dict[str, str] = {
+    "mlkit.embeddings.fiited.config.FIITEDConfig": (
+        "mlkit.embeddings.fiited.converter:FIITEDConverter"
+    ),
     "mlkit.sparsity.config.LTEConfig": "mlkit.sparsity.converter:LTEConverter",
     **{
         f"mlkit.embeddings.baselines.config.{name}": (

@@ -62,10 +62,14 @@ ONE_STEP = {
 }
 """Per recipe, what makes any of its experiments a matter of seconds. A new recipe adds a line."""
 
-IMAGES, TEXT = "mlkit.data.DataSpec", "mlkit.data.TextSpec"
+IMAGES, TEXT, CLICKS = "mlkit.data.DataSpec", "mlkit.data.TextSpec", "mlkit.data.CTRSpec"
 """Kinds of data. A recipe says in `recipe._takes_` which one it is for."""
 
-MODULES = {IMAGES: "mlkit.models.lightning.Classifier", TEXT: "mlkit.models.TransformerModule"}
+MODULES = {
+    IMAGES: "mlkit.models.lightning.Classifier",
+    TEXT: "mlkit.models.TransformerModule",
+    CLICKS: "mlkit.models.CTRModule",
+}
 """The LightningModule of the model groups for each kind."""
 
 CUSTOM = {

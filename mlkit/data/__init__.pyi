@@ -1,3 +1,4 @@
+from .ctr.spec import CTRSpec as CTRSpec
 from .examples import Examples as Examples
 from .examples import TensorExamples as TensorExamples
 from .lightning import ClassificationDataModule as ClassificationDataModule

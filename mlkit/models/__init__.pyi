@@ -1,3 +1,10 @@
+from .ctr import DCN as DCN
+from .ctr import DLRM as DLRM
+from .ctr import DeepFM as DeepFM
+from .ctr import initialise as initialise
+from .ctr_lightning import CTRModule as CTRModule
+from .ctr_lightning import ctr_quality as ctr_quality
+from .ctr_lightning import split_parameters as split_parameters
 from .features import extract_features as extract_features
 from .lightning import Classifier as Classifier
 from .resnet import resnet_cifar as resnet_cifar

@@ -77,11 +77,12 @@ class _CTRNetwork(nn.Module):
                 f"{embedding_dim} and {num_dense}"
             )
         self.embedding_dim, self.num_dense = embedding_dim, num_dense
-        self.tables = nn.ModuleList(
+        tables = [
             nn.EmbeddingBag(rows, embedding_dim, mode="sum", sparse=True) for rows in table_sizes
-        )
-        for table in self.tables:
+        ]
+        for table in tables:
             _draw_table(table)
+        self.tables = nn.ModuleList(tables)
 
     def look_up(self, sparse: Int[Tensor, "batch tables"]) -> Float[Tensor, "batch tables dim"]:
         """The vector of each id."""

@@ -128,9 +128,9 @@ def check_indices(
 
 
 class IndexOutOfRange(InvalidValueError, IndexError):
-    """An index outside its table; `table` counts those of the call, from 0."""
+    """An index outside its table; `table` counts those of the call, from 0, or is its name."""
 
-    def __init__(self, table: int, index: int, rows: int) -> None:
+    def __init__(self, table: int | str, index: int, rows: int) -> None:
         super().__init__(f"index {index} is outside of table {table}, which has {rows} rows")
         self.table, self.index, self.rows = table, index, rows
 
@@ -237,7 +237,7 @@ def apply_gradients(
     would give them.
     """
     rows, counts, grads = gradients
-    chunks = grads.view(len(rows), num_chunks, -1)
+    chunks = grads.view(len(rows), num_chunks, pool.shape[1])
     addresses = layout.addresses(header, num_chunks)[rows]
     slots = layout.slots(addresses, num_chunks)
     finite = grads.isfinite().all(1)

@@ -1,7 +1,11 @@
+from .lines import LineStream as LineStream
+from .loader import CTRBatches as CTRBatches
+from .loader import ctr_loader as ctr_loader
+from .loader import to_tensors as to_tensors
+from .spec import CTRSpec as CTRSpec
 from .stream import CTRBatch as CTRBatch
 from .stream import CTRData as CTRData
 from .stream import CTRStream as CTRStream
-from .synthetic import SyntheticConfig as SyntheticConfig
 from .synthetic import SyntheticCTR as SyntheticCTR
 from .synthetic import expected_auc as expected_auc
-from .synthetic import synthetic as synthetic
+from .synthetic_config import SyntheticConfig as SyntheticConfig

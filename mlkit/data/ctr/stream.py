@@ -10,9 +10,21 @@ from jaxtyping import Float32, Int
 
 from mlkit.errors import InvalidValueError, nearest
 
-__all__ = ["CTRBatch", "CTRData", "CTRStream", "Split", "check_split", "split_ends"]
+__all__ = [
+    "CTRBatch",
+    "CTRData",
+    "CTRStream",
+    "Split",
+    "TestShare",
+    "check_fractions",
+    "check_split",
+    "split_ends",
+]
 
 Split = Literal["train", "val", "test"]
+
+TestShare = float | Literal["last_day"]
+"""How much of the data is for testing: a share of the examples, or the last day."""
 
 
 class CTRBatch(NamedTuple):
@@ -30,21 +42,32 @@ class CTRBatch(NamedTuple):
 
 
 class CTRStream(Protocol):
-    """Labelled examples of several tables of ids, oldest first.
+    """Labelled examples of several tables of ids, oldest first."""
 
-    Attributes:
-        name: Name in reports.
-        source: Where the examples come from, with a hash of their content.
-        table_sizes: Rows of each table.
-        table_names: What each table's ids are.
-        num_dense: Number of dense features.
-    """
+    @property
+    def name(self) -> str:
+        """Name in reports."""
+        ...
 
-    name: str
-    source: str
-    table_sizes: tuple[int, ...]
-    table_names: tuple[str, ...]
-    num_dense: int
+    @property
+    def source(self) -> str:
+        """Where the examples come from, with a hash of their content."""
+        ...
+
+    @property
+    def table_sizes(self) -> tuple[int, ...]:
+        """Rows of each table."""
+        ...
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """What each table's ids are."""
+        ...
+
+    @property
+    def num_dense(self) -> int:
+        """Number of dense features."""
+        ...
 
     def batches(self, split: Split, batch_size: int) -> Iterator[CTRBatch]:
         """The examples of "train", "val" or "test"; the last batch may be short."""
@@ -100,7 +123,7 @@ class CTRData:
             wrong = ids[(ids < 0) | (ids >= rows)]
             if len(wrong):
                 raise InvalidValueError(
-                    f"{name}: id {wrong[0]} is not in table {table!r}, whose ids are 0 .. {rows - 1}"
+                    f"{name}: table {table!r} has the ids 0 .. {rows - 1}, got {wrong[0]}"
                 )
         if not 0 <= ends[0] <= ends[1] <= len(label):
             raise InvalidValueError(
@@ -154,38 +177,75 @@ def check_split(split: str) -> None:
         InvalidValueError: With the names that there are.
     """
     if split not in get_args(Split):
-        raise InvalidValueError(f"no part {split!r} of the data; {nearest(split, get_args(Split))}")
+        raise InvalidValueError(
+            f"no part {split!r} of the data; {nearest(str(split), get_args(Split))}"
+        )
 
 
 def split_ends(
     num_samples: int,
     val_fraction: float,
-    test_fraction: float,
-    times: Sequence[int] | np.ndarray | None = None,
+    test_fraction: TestShare,
+    *,
+    days: Sequence[int] | np.ndarray = (),
+    times: np.ndarray | None = None,
 ) -> tuple[int, int]:
     """Where training and validation end when the last examples are for testing.
 
     Args:
         num_samples: Examples, oldest first.
         val_fraction: Share of all examples for validation, just before the test part.
-        test_fraction: Share of all examples for testing.
-        times: When each happened, ascending. A part then begins no later than its share says, with
-            the first example of an instant, so that no instant is in two parts.
+        test_fraction: Share of all examples for testing, or "last_day".
+        days: The first example of each day.
+        times: When each happened, ascending. A part then begins with the first example of an
+            instant, so that no instant is in two parts, and is longer by that.
+
+    Raises:
+        InvalidValueError: For a share out of range, "last_day" without two days, or if nothing is
+            left for training.
 
     Example:
         >>> split_ends(10, 0.1, 0.2)
         (7, 8)
-        >>> split_ends(5, 0.2, 0.2, times=[1, 2, 2, 7, 7])
+        >>> split_ends(10, 0.1, "last_day", days=[0, 5])
+        (4, 5)
+        >>> split_ends(5, 0.2, 0.2, times=np.array([1, 2, 2, 7, 7]))
         (1, 3)
     """
-    test = num_samples - round(test_fraction * num_samples)
-    val = test - round(val_fraction * num_samples)
-    ends = max(val, 0), test
-    if times is not None and num_samples:
-        instants = np.asarray(times)
-        first, second = (
-            int(np.searchsorted(instants, instants[end])) if end < num_samples else end
-            for end in ends
+    check_fractions(val_fraction, test_fraction)
+    if isinstance(test_fraction, str):
+        if len(days) < 2:
+            raise InvalidValueError(
+                f"data.test_fraction=last_day needs two days, and the data name {len(days)}; give "
+                "a share of the examples, such as 0.1"
+            )
+        val_end = int(days[-1])
+    else:
+        val_end = num_samples - round(test_fraction * num_samples)
+    val_end = _first_of_instant(val_end, times)
+    train_end = _first_of_instant(val_end - round(val_fraction * num_samples), times)
+    if train_end < 1:
+        raise InvalidValueError(
+            f"val_fraction={val_fraction} and test_fraction={test_fraction} leave nothing of "
+            f"{num_samples} examples for training; lower them"
         )
-        return first, second
-    return ends
+    return train_end, val_end
+
+
+def _first_of_instant(end: int, times: np.ndarray | None) -> int:
+    if times is None or not 0 <= end < len(times):
+        return end
+    return int(np.searchsorted(times, times[end]))
+
+
+def check_fractions(val_fraction: float, test_fraction: TestShare) -> None:
+    """Raise for shares out of range.
+
+    Raises:
+        InvalidValueError: With what is allowed.
+    """
+    for key, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        is_named = key == "test_fraction" and value == "last_day"
+        if not is_named and not (isinstance(value, int | float) and 0 <= value < 1):
+            also = " or last_day" if key == "test_fraction" else ""
+            raise InvalidValueError(f"data.{key} must be a number in [0, 1){also}, got {value!r}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlkit.embeddings.baselines.base import CompressedEmbeddingBag
+from mlkit.embeddings.baselines.config import CAFEConfig
 from mlkit.embeddings.baselines.hash_ids import hash_ids
 from mlkit.embeddings.baselines.sketch import SLOTS, HotSketch
 from mlkit.embeddings.memory import MemoryReport
@@ -121,7 +122,15 @@ class CAFEEmbeddingBag(CompressedEmbeddingBag):
             raise InvalidValueError(
                 f"num_embeddings must be less than 2^31 (ids of the sketch), got {num_embeddings}"
             )
-        _check_keys(hash_share, threshold, decay, decay_every)
+        CAFEConfig(
+            memory_budget,
+            optimizer,
+            hash_share=hash_share,
+            threshold=threshold,
+            decay=decay,
+            decay_every=decay_every,
+            seed=seed,
+        )  # checks the ranges
         self.fixed_threshold = threshold
         self.decay = decay
         self.decay_every = decay_every
@@ -363,17 +372,6 @@ _SCALARS: tuple[tuple[str, tuple[()], torch.dtype], ...] = (
     ("threshold", (), torch.float32),
     ("skipped", (), torch.int64),
 )
-
-
-def _check_keys(hash_share: float, threshold: float | None, decay: float, decay_every: int) -> None:
-    if not 0 < hash_share < 1:
-        raise InvalidValueError(f"hash_share must be in (0, 1), got {hash_share}")
-    if threshold is not None and not 0 < threshold < math.inf:
-        raise InvalidValueError(f"threshold must be above 0 or None, got {threshold}")
-    if not 0 < decay <= 1:
-        raise InvalidValueError(f"decay must be in (0, 1], got {decay}")
-    if isinstance(decay_every, bool) or not isinstance(decay_every, int) or decay_every < 1:
-        raise InvalidValueError(f"decay_every must be an integer of at least 1, got {decay_every}")
 
 
 def _all_gather(values: Tensor) -> Tensor:

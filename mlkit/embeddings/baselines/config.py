@@ -1,7 +1,8 @@
 """What `mlkit.convert` makes of embedding tables: the settings of the baselines, without torch.
 
 All of them replace `nn.EmbeddingBag` by tables of fewer bytes that start to train anew; no weight
-is taken over.
+is taken over. Bytes (and any budget of `MDEConfig`) are for the tables of one call of
+`mlkit.convert`: convert what shares them in one call, or a saved model cannot be built again.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class BaselineConverter:
         budget = parse_budget(config.memory_budget, total)
         if isinstance(config, MDEConfig):
             return _mixed(sites, config, budget)
-        kind, keys = _OWN_KEYS[type(config)]
+        kind, keys = next(v for cls, v in _OWN_KEYS.items() if isinstance(config, cls))
         own = {key: getattr(config, key) for key in keys}
         new: dict[str, nn.Module] = {}
         for name, site in sites.items():

@@ -121,10 +121,13 @@ def mixed_dimensions(
         for n, full in zip(rows, dims, strict=True)
         for j in range(1, full)
     }
+    least = math.inf
     for base in (*sorted(steps, reverse=True), 0.0):
-        if total(rule(base)) <= budget_bytes:
-            return rule(base)
+        found = rule(base)
+        if total(found) <= budget_bytes:
+            return found
+        least = min(least, total(found))
     raise InvalidValueError(
         f"memory_budget of {budget_bytes:,} bytes is too small for tables of mixed dimensions: "
-        f"the minimum is {total(rule(0.0)):,} bytes"
+        f"the minimum is {least:,} bytes"
     )

@@ -73,9 +73,10 @@ class NarrowEmbeddingBag(ProjectedEmbeddingBag):
                 num_embeddings, table_dim, embedding_dim, optimizer, size, project
             )
 
-        # The dense table has no projection, so that it may take less than one dimension fewer.
-        table_dim = embedding_dim
-        if nbytes(embedding_dim) > budget:
-            what = f"a narrow table of {num_embeddings} rows"
-            table_dim = largest_fitting(nbytes, budget, 1, max(1, embedding_dim - 1), what)
+        # The dense table has no projection, so that it may take less than fewer dimensions do.
+        is_dense = nbytes(embedding_dim) <= max(budget, nbytes(1))
+        least = embedding_dim if is_dense else 1
+        most = embedding_dim if is_dense else embedding_dim - 1
+        what = f"a narrow table of {num_embeddings} rows"
+        table_dim = largest_fitting(nbytes, budget, least, most, what)
         self._make(table_dim, project, device, dtype)

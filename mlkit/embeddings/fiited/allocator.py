@@ -46,6 +46,15 @@ class SlotStack:
         self._stack[self.num_free : self.num_free + len(slots)] = slots.to(self._stack.dtype)
         self.num_free += len(slots)
 
+    def free(self) -> Int[Tensor, " numbers"]:
+        """Return the free slots, the next one last."""
+        return self._stack[: self.num_free].long()
+
+    def load_free(self, numbers: Int[Tensor, " numbers"]) -> None:
+        """Take the order of a `free()` of the same slots."""
+        if len(numbers) == self.num_free:
+            self._stack[: self.num_free] = numbers.to(self._stack)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the stack."""
@@ -153,6 +162,24 @@ class SlabAllocator:
     def num_free_units(self) -> int:
         """Free units of all classes, each an int32."""
         return sum(len(u) for u in self._units)
+
+    def free(self) -> Int[Tensor, " numbers"]:
+        """Return the free pages and units: how many, then which, the next one last."""
+        lists = [self._pages[: self.num_free_pages], *self._units[1:]]
+        counts = torch.tensor([len(x) for x in lists], device=self._device)
+        return torch.cat([counts, *(x.long() for x in lists)])
+
+    def load_free(self, numbers: Int[Tensor, " numbers"]) -> None:
+        """Take the order, and the classes of unused pages, of a `free()` of the same units."""
+        numbers = numbers.to(self._device)
+        count = len(self._units)
+        pages, *units = numbers[count:].split(numbers[:count].tolist())
+        self.num_free_pages = len(pages)
+        self._pages[: len(pages)] = pages.int()
+        self.page_class[pages] = 0
+        for size, found in enumerate(units, 1):
+            self._units[size] = found.int()
+            self.page_class[found // self.page_slots] = size
 
     @property
     def nbytes(self) -> int:

@@ -1,21 +1,23 @@
-"""Ranks that decide alike: gradients, new rows and utilities, put together in rank order."""
+"""Ranks that decide alike: gradients by row, and new ids, of all ranks in rank order.
+
+Every rank applies the same gradients to its header, so that headers, rounds and addresses stay
+equal bit by bit, whoever saw a row. A step costs two collectives for each lookup.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mlkit.errors import InvalidTypeError
 from mlkit_kernels.dynamic_embedding import RowGradients
 
-if TYPE_CHECKING:
-    from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
-
-__all__ = ["average", "gather_gradients", "gather_new_rows", "resolve_group"]
+__all__ = ["exclude_from_broadcast", "gather", "gather_gradients", "resolve_group"]
 
 
 def resolve_group(group: Any) -> Any:
@@ -35,57 +37,39 @@ def resolve_group(group: Any) -> Any:
     return group
 
 
+def exclude_from_broadcast(model: nn.Module) -> None:
+    """Keep DDP from sending the buffers of a model's stores before each forward pass.
+
+    They are equal on all ranks as it is. Call it before `DistributedDataParallel(model)`.
+    """
+    from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
+
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DynamicEmbeddingStore):
+            ignored += [f"{name}.{n}" if name else n for n, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
 def gather_gradients(mine: RowGradients, group: Any) -> RowGradients:
     """Sum counts and average gradients over ranks, as DDP does with losses that are means."""
-    size = dist.get_world_size(group)
-    rows = torch.cat(_gather(mine.rows, group))
-    counts = torch.cat(_gather(mine.counts, group))
-    grads = torch.cat(_gather(mine.grads, group)) / size
-    return _merged(RowGradients(rows, counts, grads))
+    parts = [mine.rows.unsqueeze(1), mine.counts.unsqueeze(1), mine.grads]
+    words = [part.contiguous().view(torch.int32) for part in parts]
+    found = gather(torch.cat(words, dim=1), group)
+    width = [part.shape[1] for part in words]
+    columns = [part.contiguous() for part in found.split(width, dim=1)]
+    rows, counts = (column.view(torch.int64).squeeze(1) for column in columns[:2])
+    grads = columns[2].view(mine.grads.dtype) / dist.get_world_size(group)
+    distinct, place = torch.unique(rows, return_inverse=True)
+    return RowGradients(
+        distinct,
+        counts.new_zeros(len(distinct)).index_add_(0, place, counts),
+        grads.new_zeros(len(distinct), grads.shape[1]).index_add_(0, place, grads),
+    )
 
 
-def gather_new_rows(
-    pending: Sequence[RowGradients], group: Any, fused: bool, store: DynamicEmbeddingStore
-) -> RowGradients | None:
-    """Put the rows that were seen for the first time in this step together; None if none were.
-
-    A fused backward has gathered its gradients already, so that all ranks hold the same.
-    """
-    width = store.embedding_dim
-    if group is None or fused:
-        return _merged(_cat(pending)) if pending else None
-    device = store.header.device
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    empty = RowGradients(none, none, store.pool.new_zeros(0, width))
-    found = gather_gradients(_cat([empty, *pending]), group)
-    return found if len(found.rows) else None
-
-
-def average(store: DynamicEmbeddingStore, group: Any) -> None:
-    """Replace the utilities by their mean over ranks, a block of rows at a time."""
-    size = dist.get_world_size(group)
-    per_block = 1 << 18
-    for start in range(0, store.tables.num_rows, per_block):
-        rows = slice(start, min(start + per_block, store.tables.num_rows))
-        values = store.utilities(rows).contiguous()
-        dist.all_reduce(values, group=group)
-        number = torch.arange(rows.start, rows.stop, device=values.device)
-        store.put_utilities(number, values / size)
-
-
-def _cat(parts: Sequence[RowGradients]) -> RowGradients:
-    return RowGradients(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _merged(gradients: RowGradients) -> RowGradients:
-    rows, place = torch.unique(gradients.rows, return_inverse=True)
-    counts = gradients.counts.new_zeros(len(rows)).index_add_(0, place, gradients.counts)
-    grads = gradients.grads.new_zeros(len(rows), gradients.grads.shape[1])
-    return RowGradients(rows, counts, grads.index_add_(0, place, gradients.grads))
-
-
-def _gather(mine: Tensor, group: Any) -> list[Tensor]:
-    """Gather tensors whose lengths differ."""
+def gather(mine: Int[Tensor, "rows words"], group: Any) -> Int[Tensor, "all_rows words"]:
+    """Put matrices of different lengths one below the other, in the order of the ranks."""
     size = dist.get_world_size(group)
     length = torch.tensor([len(mine)], device=mine.device)
     lengths = [torch.zeros_like(length) for _ in range(size)]
@@ -94,5 +78,6 @@ def _gather(mine: Tensor, group: Any) -> list[Tensor]:
     padded = mine.new_zeros(most, *mine.shape[1:])
     padded[: len(mine)] = mine
     found = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(found, padded, group=group)
-    return [part[: int(n)] for part, n in zip(found, lengths, strict=True)]
+    if most:
+        dist.all_gather(found, padded, group=group)
+    return torch.cat([part[: int(n)] for part, n in zip(found, lengths, strict=True)])

@@ -36,6 +36,8 @@ class Placement:
         num_slots: Of the pool.
         page_slots: Of a page of layout "slab".
         columns: Returns what is indexed by slot: weights and states of optimizers.
+        free: Of a `free()` of the same header, so that the same slots are used next; None frees the
+            lowest slots first.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Placement:
         num_slots: int,
         page_slots: int,
         columns: Callable[[], Sequence[Tensor]],
+        free: Int[Tensor, " numbers"] | None = None,
     ) -> None:
         self._header, self._layout, self._per_row = header, layout, num_chunks
         self._columns = columns
         self._allocator = self._read(num_slots, page_slots)
+        if free is not None:
+            self._allocator.load_free(free)
 
     def _read(self, num_slots: int, page_slots: int) -> SlotStack | SlabAllocator:
         """Make the free lists from what the header says."""
@@ -78,6 +83,10 @@ class Placement:
         for start in range(0, len(addresses), _SCAN):
             block = addresses[start : start + _SCAN]
             yield start, self._layout.slots(block, self._per_row)
+
+    def free(self) -> Int[Tensor, " numbers"]:
+        """Return the free lists, in their order."""
+        return self._allocator.free()
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP = 1000  # steps before which much churn is expected
 _MUCH_CHURN = 0.1
+_LEAST = 2.0**-126  # the smallest normal float32: scores below it count as zero
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class Round:
 
     1. Score the chunks: utilities, divided by a percentile of their table's where `normalize` says.
     2. The threshold is the score of the last chunk that fits, found exactly (`kth_largest`).
-    3. Residents below it by the hysteresis may be evicted, others above it by the hysteresis
-       admitted, best first, as many as there is room for; where the target was lowered, the lowest
-       residents go whatever the hysteresis says.
+    3. Residents below it by the hysteresis may be evicted, others above it by the hysteresis (or
+       at it, if there is none) admitted, best first, as many as there is room for; where the target
+       was lowered, the lowest residents go whatever the hysteresis says. Where all chunks with a
+       utility fit, residents without any make room for them.
     """
 
     def __init__(self, store: DynamicEmbeddingStore) -> None:
@@ -85,12 +87,13 @@ class Round:
         store = self._store
         if self._config.utility == "l2":
             self._measure_norms()
-        store.average_utilities()
         evict, admit, thresholds, misplaced = [], [], [], 0
         for group in self._groups():
             threshold = self._threshold(group)
-            found = self._candidates(group, threshold, threshold)
-            misplaced += len(found.evict) + len(found.admit)
+            # One below the threshold, as candidates are above it and its own chunk is one of them.
+            found = self._candidates(group, threshold or _LEAST, _below(threshold))
+            misplaced += int((found.evict_scores < threshold).sum())
+            misplaced += int((found.admit_scores > threshold).sum())
             out, new = self._choose(group, threshold, found)
             evict.append(out)
             admit.append(new)
@@ -124,7 +127,12 @@ class Round:
         stored = store.layout.utilities(store.header, self._config.num_chunks)
         for start in range(0, len(stored), 1 << 16):
             rows = torch.arange(start, min(start + (1 << 16), len(stored)), device=stored.device)
-            chunks = store.read(rows).float().view(len(rows), self._config.num_chunks, -1)
+            chunks = (
+                store.read(rows)
+                .float()
+                .nan_to_num(0, 0, 0)
+                .view(len(rows), self._config.num_chunks, -1)
+            )
             store.put_utilities(rows, torch.linalg.vector_norm(chunks, dim=2))
 
     def _groups(self) -> list[_Group]:
@@ -135,7 +143,7 @@ class Round:
             share = store.target / sum(self._size(t) for t in range(len(tables)))
             return [
                 _Group(
-                    store.tables.metadata(t),
+                    store.tables.metadata((t,)),
                     one[:1],
                     math.floor(share * self._size(t)),
                     int(store.resident(store.tables.rows_of(t)).sum()),
@@ -181,11 +189,11 @@ class Round:
     def _choose(self, group: _Group, threshold: float, found: Candidates) -> tuple[Tensor, Tensor]:
         """Return the numbers of the chunks to evict and of those to admit."""
         h = self._config.hysteresis
-        low = torch.tensor(threshold * (1 - h), dtype=torch.float32)
+        low = torch.tensor(threshold * (1 - h) or _LEAST, dtype=torch.float32)
         high = torch.tensor(threshold * (1 + h), dtype=torch.float32)
         leaving = found.evict_scores < low
         evict, evict_scores = found.evict[leaving], found.evict_scores[leaving]
-        coming = found.admit_scores > high
+        coming = found.admit_scores >= high
         admit, admit_scores = found.admit[coming], found.admit_scores[coming]
         room = group.target - group.resident
         num_new = max(0, min(len(admit), room + len(evict)))
@@ -222,3 +230,8 @@ class Round:
             values = values.view(len(row), per_row, -1)[torch.arange(len(row)), chunk]
             at = store.placement.slots(row)[torch.arange(len(row)), chunk]
             store.pool.detach()[at] = values.to(store.pool.dtype)
+
+
+def _below(score: float) -> float:
+    """The next smaller float32, at least 0."""
+    return float(torch.nextafter(torch.tensor(score), torch.tensor(0.0)))

@@ -9,11 +9,12 @@ the schedule says so, lets a round decide anew which chunks keep theirs (`round.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 
 from mlkit.embeddings.fiited.budget import Plan, plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.distributed import gather_gradients, resolve_group
+from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, table_of
 from mlkit.embeddings.fiited.initial import initial_values
 from mlkit.embeddings.fiited.placement import Placement
 from mlkit.embeddings.fiited.round import Round, RoundStats
 from mlkit.embeddings.fiited.tables import Tables, TableSpec
+from mlkit.embeddings.fiited.unseen import collect_unseen, evict_ids, insert_unseen
 from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
@@ -33,8 +37,11 @@ from mlkit_kernels.dynamic_embedding.header import decode, encode
 
 __all__ = ["DynamicEmbeddingStore", "store_of"]
 
+logger = logging.getLogger(__name__)
+
 _LARGEST_SCALE = 1e12
 _FILL_BLOCK = 1 << 16
+_CLOCK = 7  # numbers of a store's extra state before the free lists
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
 
 _handles = itertools.count(1)
@@ -64,10 +71,16 @@ class DynamicEmbeddingStore(nn.Module):
     Attributes:
         pool: [slots, C]. A parameter that an unfused optimizer trains.
         header: int32 [rows, words], see `mlkit_kernels.dynamic_embedding.header`.
+        handle: A number by which the lookup op finds this store in its process.
         budget: Chunks that may be resident once a ramp has ended.
         target: Chunks that may be resident now.
+        follow_checkpoints: Whether loading one takes over its budget, where `resize` changed it,
+            instead of this store's own.
         steps: Calls of `step()`.
         num_nonfinite: Rows whose gradient held a NaN or an infinity so far.
+        num_dropped: Times that an exact id map had no row for a new id; counted once in each step.
+        grad_scale: What the loss was multiplied by, set by you before each backward pass where a
+            `GradScaler` is at work, so that utilities do not change their unit with it.
         rounds: Statistics of the rounds so far, the last 1000.
 
     Raises:
@@ -76,6 +89,7 @@ class DynamicEmbeddingStore(nn.Module):
 
     pool: nn.Parameter
     header: Tensor
+    keys: Tensor
 
     def __init__(
         self,
@@ -91,7 +105,7 @@ class DynamicEmbeddingStore(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise InvalidTypeError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
-        self.tables = Tables(tables)
+        self.tables = Tables(tables, spare=config.id_map == "exact")
         self.embedding_dim = embedding_dim
         self.config = config
         self.sparse = sparse
@@ -106,6 +120,9 @@ class DynamicEmbeddingStore(nn.Module):
         words = self.layout.words(config.num_chunks)
         header = torch.zeros(self.tables.num_rows, words, dtype=torch.int32, **factory)
         self.register_buffer("header", header)
+        if config.id_map == "exact":
+            keys = torch.zeros(self.tables.num_rows, dtype=torch.int64, **factory)
+            self.register_buffer("keys", keys)
         pool = torch.zeros(slots, width, dtype=dtype, **factory)
         self.pool = nn.Parameter(pool, requires_grad=config.optimizer is None)
         for name, shape in self._state_shapes(slots, width).items():
@@ -114,6 +131,12 @@ class DynamicEmbeddingStore(nn.Module):
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
         self.process_group: Any = "auto"
+        self.grad_scale = 1.0
+        self.follow_checkpoints = False
+        self._driver: weakref.ref[Any] | None = None
+        self._group_number = 0
+        self._loading: list[str] | None = None
+        self._register()
         self._start()
         if not pool.is_meta:
             self.reset_parameters()
@@ -126,7 +149,7 @@ class DynamicEmbeddingStore(nn.Module):
             self.tables.num_rows,
             self.embedding_dim,
             element_size=4,
-            padding_rows=len(self.tables.padding_rows),
+            padding_rows=len(self.tables.empty_rows),
             chunks=chunks,
         )
 
@@ -153,9 +176,14 @@ class DynamicEmbeddingStore(nn.Module):
         self._log_scale = 0.0
         self._exponent = _FIRST_EXPONENT
         self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
-        self._pending: list[RowGradients] = []
-        self._optimizers: list[Any] = []
+        self._pending: list[tuple[Sequence[int], RowGradients]] = []
+        self.num_dropped = 0
+        self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
+        self.unseen: list[Tensor] = []
+        self._optimizers: list[tuple[torch.optim.Optimizer, Any]] = []
+        self._has_warned = False
         self._placement: Placement | None = None
+        self._saved_free: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Empty all rows; at density 1 fill them with their initial values."""
@@ -169,22 +197,29 @@ class DynamicEmbeddingStore(nn.Module):
             addresses.fill_(0 if self.layout.slab else -1)
             if self.config.optimizer is not None:
                 self.anchor.zero_()
+            if self.exact_ids is not None:
+                self.exact_ids.clear()
             if self.target == self._most:
                 self._fill()
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Make every row but padding resident in full, with its initial values."""
+        """Make every row but padding and spare ones resident in full, with its initial values."""
         per_row = self.config.num_chunks
         full = (1 << per_row) - 1
-        padding = set(self.tables.padding_rows)
+        empty = self.tables.empty_rows
         for start in range(0, self.tables.num_rows, _FILL_BLOCK):
             stop = min(start + _FILL_BLOCK, self.tables.num_rows)
             rows = torch.arange(start, stop, device=self.header.device)
-            for row in padding:
+            for row in empty:
                 rows = rows[rows != row]
             self.placement.set_masks(rows, torch.full_like(rows, full))
             self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
+
+    @property
+    def root(self) -> nn.Parameter:
+        """What the graph of a lookup hangs on."""
+        return self.pool if self.config.optimizer is None else self.anchor
 
     @property
     def states(self) -> list[Tensor]:
@@ -203,8 +238,46 @@ class DynamicEmbeddingStore(nn.Module):
                 len(self.pool),
                 self.plan.page_slots,
                 self.columns,
+                self._saved_free,
             )
+            self._saved_free = None
         return self._placement
+
+    @property
+    def exact_ids(self) -> ExactIds | None:
+        """The table of keys of `id_map="exact"`."""
+        if self.config.id_map != "exact":
+            return None
+        return ExactIds(self.tables, self.keys, self.config.seed)
+
+    def map_ids(
+        self,
+        ids: Int[Tensor, " n"],
+        tables: Sequence[int],
+        offsets: Tensor | None = None,
+        *,
+        collect: bool = False,
+    ) -> Int[Tensor, " n"]:
+        """Return the rows of ids within their tables; `lookup` does this.
+
+        Args:
+            ids: Any 64-bit integers, or rows where `id_map` is "identity".
+            tables: Numbers of the tables whose ids these are, one after the other.
+            offsets: Of the bags, to tell the tables apart.
+            collect: Whether ids that an exact map does not know get rows in the next `step()`.
+        """
+        if self.config.id_map == "identity":
+            return ids
+        number: int | Tensor = tables[0]
+        if len(tables) > 1:
+            place = table_of(len(ids), len(tables), offsets, ids.device)
+            number = torch.tensor(tables, device=ids.device)[place]
+        if self.exact_ids is None:
+            return hash_rows(self.tables, ids, number, self.config.seed)
+        rows = self.exact_ids.find(ids, number)
+        if collect:
+            collect_unseen(self, ids, number, rows)
+        return rows
 
     def columns(self) -> list[Tensor]:
         """Everything that is indexed by slot: the pool, and states of any optimizer."""
@@ -214,20 +287,25 @@ class DynamicEmbeddingStore(nn.Module):
         return found
 
     def _unfused_states(self) -> list[dict[str, Any]]:
-        return [o.state[self.pool] for o in self._optimizers if self.pool in o.state]
+        return [o.state[self.pool] for o, _ in self._optimizers if self.pool in o.state]
 
     def _is_column(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.pool)
 
-    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Keep the states of an optimizer of the pool with their chunks, and step after it.
 
         States whose first dimension is the pool's are moved with the chunks and zeroed where a slot
         is used anew; `step()` runs after each `optimizer.step()`.
 
+        Returns:
+            False if it was registered already.
+
         Raises:
             InvalidValueError: If the optimizer does not train the pool.
         """
+        if any(optimizer is known for known, _ in self._optimizers):
+            return False
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if id(self.pool) not in held:
             raise InvalidValueError(
@@ -235,7 +313,6 @@ class DynamicEmbeddingStore(nn.Module):
                 f"{', '.join(s.name for s in self.tables.specs[:3])}: give it model.parameters(), "
                 "or use a fused optimizer (FIITEDConfig(optimizer=...))"
             )
-        self._optimizers.append(optimizer)
         reference = weakref.ref(self)
 
         def after(*_: Any) -> None:
@@ -243,37 +320,89 @@ class DynamicEmbeddingStore(nn.Module):
             if store is not None:
                 store.step()
 
-        optimizer.register_step_post_hook(after)
+        self._optimizers.append((optimizer, optimizer.register_step_post_hook(after)))
+        return True
+
+    def unregister_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo `register_optimizer`."""
+        for known, hook in self._optimizers:
+            if known is optimizer:
+                hook.remove()
+        self._optimizers = [o for o in self._optimizers if o[0] is not optimizer]
+
+    def drive(self, optimizer: weakref.ref[Any], number: int) -> None:
+        """Take the hyperparameters of a fused optimizer from a group of this one from now on."""
+        self._driver, self._group_number = optimizer, number
 
     @property
-    def handle(self) -> int:
-        """A number by which the lookup op finds this store in its process."""
-        found = self.__dict__.get("_handle")
-        if found is None:
-            found = self.__dict__["_handle"] = next(_handles)
-            _stores[found] = self
-        return found
+    def driver(self) -> Any:
+        """The `FusedEmbeddingOptimizer` of this store, or None."""
+        return None if self._driver is None else self._driver()
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """Return lr, eps and betas of a fused optimizer as they are now."""
+        driver = self.driver
+        if driver is None:
+            return {"lr": float(self._lr), "eps": self.config.eps, "betas": self.config.betas}
+        group: dict[str, Any] = driver.param_groups[self._group_number]
+        self._lr.fill_(float(group["lr"]))
+        return group
+
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _stores[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a handle, free lists and optimizers of its own.
         state = self.__dict__.copy()
-        state.pop("_handle", None)
-        return {**state, "_placement": None, "_optimizers": [], "_pending": []}
+        if self._placement is not None:
+            state["_saved_free"] = self._placement.free()
+        return {
+            **state,
+            "_placement": None,
+            "_optimizers": [],
+            "_driver": None,
+            "_pending": [],
+            "_loading": None,
+            "unseen": [],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._placement is not None and not self.header.is_meta:
+            self._saved_free = self._placement.free()
+        self._placement = None  # it holds the header that is replaced now
+        return super()._apply(fn, recurse)
 
     # -------------------------------------------------------------------- values
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the target is density 1."""
+        return self.target == self._most
+
+    def share_of(self, table: int) -> int:
+        """Return how many of the target's chunks a table gets in proportion to its rows."""
+        spec = self.tables.specs[table]
+        rows = spec.num_embeddings - (spec.padding_idx is not None)
+        return self.target * rows * self.config.num_chunks // self._most
+
+    @property
     def _most(self) -> int:
-        rows = self.tables.num_rows - len(self.tables.padding_rows)
+        rows = self.tables.num_rows - len(self.tables.empty_rows)
         return rows * self.config.num_chunks
 
     @property
-    def _all(self) -> int:
+    def num_chunks(self) -> int:
+        """All chunks, with storage or without."""
         return self.tables.num_rows * self.config.num_chunks
 
     def density_of(self, chunks: int) -> float:
         """Fraction of all chunks."""
-        return chunks / self._all
+        return chunks / self.num_chunks
 
     @property
     def num_resident(self) -> int:
@@ -284,7 +413,9 @@ class DynamicEmbeddingStore(nn.Module):
         """Return how many chunks may be resident at a step."""
         final = self.density_of(self.budget)
         density = self.config.ramp_density(step, final)
-        return self.budget if density <= final else min(round(density * self._all), self._most)
+        return (
+            self.budget if density <= final else min(round(density * self.num_chunks), self._most)
+        )
 
     @property
     def density(self) -> float:
@@ -323,20 +454,12 @@ class DynamicEmbeddingStore(nn.Module):
             values = encode(values, number, self.steps, self._exponent)
         self.layout.utilities(self.header, self.config.num_chunks)[rows] = values
 
-    def average_utilities(self) -> None:
-        """Make the utilities of all ranks equal, where each saw gradients of its own."""
-        from mlkit.embeddings.fiited.distributed import average
-
-        group = self.group()
-        if group is not None and self.config.optimizer is None:
-            average(self, group)
-
     @torch.no_grad()
     def write(self, rows: Int[Tensor, " rows"], values: Float[Tensor, "rows dim"]) -> None:
         """Set the resident chunks of rows of the header; what is not resident is left out."""
         slots = self.placement.slots(rows)
         resident = slots >= 0
-        chunks = values.view(len(rows), self.config.num_chunks, -1)
+        chunks = values.view(len(rows), self.config.num_chunks, self.pool.shape[1])
         self.pool.detach()[slots[resident]] = chunks[resident].to(self.pool.dtype)
 
     @torch.no_grad()
@@ -345,6 +468,18 @@ class DynamicEmbeddingStore(nn.Module):
         slots = self.placement.slots(rows)
         values = self.pool.detach()[slots.clamp_min(0)]
         return torch.where((slots >= 0).unsqueeze(-1), values, 0).flatten(1)
+
+    @torch.no_grad()
+    def renormalise(self, table: int, indices: Tensor, max_norm: float, norm_type: float) -> None:
+        """Shorten rows of a table to a p-norm of at most `max_norm`, as `nn.Embedding` does."""
+        spec = self.tables.specs[table]
+        inside = indices[(indices >= 0) & (indices < spec.num_embeddings)]
+        rows = inside.unique().long() + self.tables.first[table]
+        values = self.read(rows)
+        norm = torch.linalg.vector_norm(values, norm_type, dim=1)
+        longer = norm > max_norm
+        scale = max_norm / (norm[longer] + 1e-7)
+        self.write(rows[longer], values[longer] * scale.unsqueeze(1))
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of everything that is held now, headers included."""
@@ -356,7 +491,7 @@ class DynamicEmbeddingStore(nn.Module):
             optimizer_bytes=sum(t.nbytes for t in (*self.states, *unfused)) + row_state,
             header_bytes=self.header.nbytes - row_state,
             allocator_bytes=self.placement.nbytes,
-            other_bytes=0,
+            other_bytes=0 if self.exact_ids is None else self.keys.nbytes,
             dense_bytes=self.plan.dense_bytes,
             dense_weight_bytes=self.plan.dense_weight_bytes,
         )
@@ -365,14 +500,14 @@ class DynamicEmbeddingStore(nn.Module):
 
     def update(self) -> Update:
         """Return what a backward pass of this step does."""
-        config = self.config
+        config, fused = self.config, self._hyperparameters()
         counted = self.steps % config.utility_every == 0
         return Update(
             optimizer=config.optimizer or "none",
-            lr=float(self._lr),
-            eps=config.eps,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
+            lr=float(fused["lr"]),
+            eps=float(fused["eps"]),
+            beta1=float(fused["betas"][0]),
+            beta2=float(fused["betas"][1]),
             utility=config.utility if counted and config.utility != "l2" else "none",
             scale=math.exp(self._log_scale),
             exponent=self._exponent,
@@ -383,59 +518,133 @@ class DynamicEmbeddingStore(nn.Module):
     @torch.no_grad()
     def backward(
         self,
-        table: int | None,
+        tables: Sequence[int],
         indices: Tensor,
         offsets: Tensor | None,
         bag_size: int,
         weights: Tensor | None,
         grad: Tensor,
         mode: str,
+        *,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
     ) -> Tensor | None:
         """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
 
         Args:
-            table: Number of the table, or None for all of them at once.
+            tables: Numbers of the tables that were read.
             indices: As in the lookup, and so on.
             offsets: See the kernels.
             bag_size: See the kernels.
             weights: See the kernels.
             grad: Of the lookup's output.
             mode: "sum" or "mean".
+            scale_grad_by_freq: Divide the gradient of a row by how often it was read.
+            sparse: Whether the gradient of the pool is.
 
         Returns:
             The gradient of the pool, dense or sparse; None in fused mode.
         """
-        from mlkit.embeddings.fiited.distributed import gather_gradients
-
-        metadata, per_row = self.tables.metadata(table), self.config.num_chunks
-        update = self.update()
-        bags = (metadata, indices, offsets, bag_size, weights, grad.contiguous(), mode)
+        per_row = self.config.num_chunks
+        metadata, grad = self.tables.metadata(tuple(tables)), grad.contiguous()
+        if any(after <= before for before, after in itertools.pairwise(tables)):
+            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
+        update, group = self.update(), self.group()
         fused = self.config.optimizer is not None
-        group = self.group()
-        if fused and group is None:
+        waiting = self._waiting(tables) if fused else None
+        local = None
+        is_plain = self.grad_scale == 1 and not scale_grad_by_freq
+        if fused and group is None and waiting is None and is_plain:
             touched = kernels.backward(
                 self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
-                indices, offsets, bag_size, weights, grad.contiguous(), mode, update,
+                indices, offsets, bag_size, weights, grad, mode, update,
             )  # fmt: skip
         else:
-            gradients = kernels.reduce(*bags)
-            if fused:
-                gradients = gather_gradients(gradients, group)
+            local = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
+            if scale_grad_by_freq:
+                counts = local.counts.to(local.grads.dtype)
+                local = local._replace(grads=local.grads / counts.unsqueeze(1))
+            gradients = self._shared(local, update, group)
             touched = kernels.apply(
                 self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
                 update,
             )  # fmt: skip
+            if waiting is not None:
+                # Rows of an earlier lookup in this step have earned utility, but no place yet.
+                late = torch.isin(gradients.rows, waiting)
+                late &= ~torch.isin(gradients.rows, touched.new.rows)
+                if bool(late.any()):
+                    self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
-        if len(touched.new.rows):
-            self._pending.append(touched.new)
-        return None if fused else self._pool_gradient(gradients)
+        new = self._without_spare(touched.new)
+        if len(new.rows):
+            self._pending.append((tables, new))
+        return None if fused or local is None else self._pool_gradient(local, sparse)
 
-    def _pool_gradient(self, gradients: RowGradients) -> Tensor:
+    def _waiting(self, tables: Sequence[int]) -> Tensor | None:
+        """Return rows of these tables that an earlier backward pass of this step found new."""
+        found = [p.rows for t, p in self._pending if not set(t).isdisjoint(tables)]
+        return torch.cat(found) if found else None
+
+    def _shared(self, local: RowGradients, update: Update, group: Any) -> RowGradients:
+        """Gradients of all ranks, and without the factor of a loss scale."""
+        if self.grad_scale != 1:
+            local = local._replace(grads=local.grads / self.grad_scale)
+        is_used = self.config.optimizer is not None or update.utility != "none" or update.keep_new
+        return local if group is None or not is_used else gather_gradients(local, group)
+
+    def _without_spare(self, new: RowGradients) -> RowGradients:
+        """Let the spare rows forget what lookups of unknown ids left there."""
+        if not self.tables.spare_rows:
+            return new
+        spare = torch.tensor(self.tables.spare_rows, device=self.header.device)
+        self.forget(spare)
+        keep = ~torch.isin(new.rows, spare)
+        return RowGradients(*(x[keep] for x in new))
+
+    def forget(self, rows: Int[Tensor, " rows"]) -> None:
+        """Set the utilities and the row-wise state of rows of the header to zero."""
+        self.layout.utilities(self.header, self.config.num_chunks)[rows] = 0
+        if self.layout.row_state:
+            self.layout.state(self.header, self.config.num_chunks)[rows] = 0
+
+    def _as_one_table(
+        self,
+        metadata: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        bag_size: int,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn a batch that reads a table twice into one of the whole header.
+
+        The kernels sum gradients by table, so a table may occur only once among theirs.
+        """
+        count = len(metadata)
+        if offsets is None:
+            ends = [(t + 1) * (len(indices) // count) for t in range(count)]
+        else:
+            batch = (len(offsets) - 1) // count
+            ends = [int(offsets[(t + 1) * batch]) for t in range(count)]
+        padding = next(iter(self.tables.padding_rows), -1)
+        rows, start = indices.long(), 0
+        for (first, _, pad), end in zip(metadata.tolist(), ends, strict=True):
+            part = rows[start:end]
+            rows = torch.cat([
+                rows[:start], torch.where(part == pad, padding, part + first), rows[end:],
+            ])  # fmt: skip
+            start = end
+        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
+        by_bag = grad.view(len(grad), count, -1).transpose(0, 1).flatten(0, 1)
+        return whole, rows, by_bag.contiguous()
+
+    def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
         slots = self.placement.slots(gradients.rows)
         resident = slots >= 0
-        chunks = gradients.grads.view(len(slots), self.config.num_chunks, -1)[resident]
+        width = self.pool.shape[1]
+        chunks = gradients.grads.view(len(slots), self.config.num_chunks, width)[resident]
         at, values = slots[resident], chunks.to(self.pool.dtype)
-        if self.sparse:
+        if sparse:
             return torch.sparse_coo_tensor(
                 at.unsqueeze(0), values, self.pool.shape, check_invariants=False
             )
@@ -455,34 +664,49 @@ class DynamicEmbeddingStore(nn.Module):
         self.steps += 1
         self._log_scale -= math.log(self.config.decay_per_step)
         if self.config.is_round(self.steps):
+            self._warn_unregistered()
             return self.prune_now()
         return None
 
+    def _warn_unregistered(self) -> None:
+        if self.config.optimizer is None and not self._optimizers and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a round ran for %s, whose optimizer is not known: its states do not move with the "
+                "chunks; call store.register_optimizer(optimizer), or use the callback "
+                "EmbeddingBudget",
+                self.tables.specs[0].name,
+            )
+
     def _admit_new(self) -> None:
         """Give rows that were seen for the first time a place, as long as there is one."""
-        from mlkit.embeddings.fiited.distributed import gather_new_rows
-
-        pending, self._pending = self._pending, []
-        new = gather_new_rows(pending, self.group(), self.config.optimizer is not None, self)
-        free = self.target - self.num_resident
-        if new is None or free <= 0:
-            return
-        rows, counts, grads = new
+        pending, self._pending = [gradients for _, gradients in self._pending], []
+        found = [gradients.rows for gradients in pending]
+        if self.exact_ids is not None:
+            found.append(insert_unseen(self))
         per_row = self.config.num_chunks
-        rows = rows[: -(-free // per_row)]
+        free = self.target - self.num_resident
+        if not found or free <= 0:
+            return
+        rows = torch.unique(torch.cat(found))
+        rows = rows[(self.placement.slots(rows) < 0).all(1)][: -(-free // per_row)]
+        if not len(rows):
+            return
         size = (free - per_row * torch.arange(len(rows), device=rows.device)).clamp_max(per_row)
         self.placement.set_masks(rows, (1 << size) - 1)
         self.write(rows, initial_values(self.config, self.tables, rows, self.embedding_dim))
         if self.config.optimizer is None:
             return
-        # The first gradient of a row was kept for this moment; its utility counts already.
-        first = RowGradients(rows, counts[: len(rows)], grads[: len(rows)])
-        if self.config.optimizer == "rowwise_adagrad":
+        # The first gradients of a row were kept for this moment; their utility counts already.
+        if self.layout.row_state:
             self.layout.state(self.header, per_row)[rows] = 0  # it was added without a chunk
         update = self.update()._replace(utility="none", keep_new=False)
-        kernels.apply(
-            self.header, self.pool.detach(), self.states, self.layout, per_row, first, update
-        )
+        for gradients in pending:
+            placed = torch.isin(gradients.rows, rows)
+            kernels.apply(
+                self.header, self.pool.detach(), self.states, self.layout, per_row,
+                RowGradients(*(x[placed] for x in gradients)), update,
+            )  # fmt: skip
 
     def prune_now(self, *, force: bool = False) -> RoundStats | None:
         """Run a pruning round now.
@@ -495,8 +719,15 @@ class DynamicEmbeddingStore(nn.Module):
         """
         target = self.ramp_target(self.steps)
         lowered = target < self.target
+        if lowered and self.config.optimizer is None and self.group() is not None:
+            raise RunError(
+                "a ramp changes the pool's shape, which DDP does not follow: leave ramp out, or "
+                "use a fused optimizer, FIITEDConfig(optimizer=...)"
+            )
         self.target = target
         stats = Round(self).run(force=force or lowered)
+        if self.exact_ids is not None:
+            evict_ids(self)
         if lowered:
             self._repack(self._plan(target))
         self._recentre()
@@ -516,7 +747,8 @@ class DynamicEmbeddingStore(nn.Module):
         if octaves >= 4:
             shift = 8 * octaves
             for block in stored.split(_FILL_BLOCK):
-                block.copy_(torch.where(block > shift, block - shift, (block > 0).to(block.dtype)))
+                code = block.short()
+                block.copy_(torch.where(code > shift, code - shift, (code > 0).short()))
             self._log_scale -= octaves * math.log(2)
 
     # -------------------------------------------------------------------- budget
@@ -571,39 +803,67 @@ class DynamicEmbeddingStore(nn.Module):
         """`resize` to a density of all chunks, in (0, 1]."""
         if not 0 < density <= 1:
             raise InvalidValueError(f"target_density must be in (0, 1], got {density}")
-        self.resize(max(1, min(round(density * self._all), self._most)))
+        self.resize(max(1, min(round(density * self.num_chunks), self._most)))
 
     def group(self) -> Any:
         """Return the process group whose ranks must decide alike, or None."""
-        from mlkit.embeddings.fiited.distributed import resolve_group
-
         return resolve_group(self.process_group)
 
     # --------------------------------------------------------------- checkpoints
 
     def get_extra_state(self) -> Tensor:
-        """Return the clock as a tensor, so that every kind of checkpoint holds it."""
-        counts = [self.steps, self.num_nonfinite, self.plan.num_chunks]
+        """Return clock, counters and free lists, as a tensor for every kind of checkpoint."""
+        counts = [self.steps, self.num_nonfinite, self.plan.num_chunks, self.num_dropped]
         values = [*counts, self._log_scale, self._exponent, float(self._lr)]
-        return torch.tensor(values, dtype=torch.float64)
+        clock = torch.tensor(values, dtype=torch.float64)
+        free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
+        return torch.cat([clock, self.dropped.double(), free])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""
-        steps, nonfinite, _, log_scale, exponent, lr = state.tolist()
+        steps, nonfinite, _, num_dropped, log_scale, exponent, lr = state[:_CLOCK].tolist()
         self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
-        self.num_nonfinite = int(nonfinite)
+        self.num_nonfinite, self.num_dropped = int(nonfinite), int(num_dropped)
         self._lr.fill_(lr)
+        self.dropped = state[_CLOCK : _CLOCK + len(self.tables.specs)].long().cpu()
+        free = state[_CLOCK + len(self.tables.specs) :].long()
+        self._saved_free = free if len(free) else None
+
+    def is_first_visit(self, error_msgs: list[str]) -> bool:
+        """Say whether this call of `load_state_dict` comes here for the first time.
+
+        A store that several modules share is reached through each of them. A call is known by its
+        list of errors.
+        """
+        seen, self._loading = self._loading is error_msgs, error_msgs
+        return not seen
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Load a checkpoint of any budget, then come back to this store's own."""
+        if not self.is_first_visit(error_msgs):
+            return
         extra = state_dict.get(f"{prefix}_extra_state")
-        own = self.target
-        self._pending, self._placement = [], None
+        own, began = self.target, self.budget if self.config.ramp is None else self.ramp_target(0)
+        self._pending, self._placement, self.unseen = [], None, []
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
             self._take_plan(self._plan(int(extra[2])))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.budget <= self.plan.num_chunks <= began:
+            own = self.plan.num_chunks  # as far as the ramp was
+        elif self.follow_checkpoints:
+            own = self.budget = self.plan.num_chunks
+            self.config = replace(self.config, ramp=None, ramp_from=None)
         self.target = own
         if self.plan.num_chunks != own and not self.header.is_meta:
             if self.num_resident > own:

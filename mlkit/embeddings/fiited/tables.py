@@ -47,9 +47,11 @@ class Tables:
 
     Args:
         specs: At least one; names must differ.
+        spare: Whether each table has one row more, behind its own, that never gets storage: where
+            lookups of unknown ids go.
     """
 
-    def __init__(self, specs: Sequence[TableSpec]) -> None:
+    def __init__(self, specs: Sequence[TableSpec], *, spare: bool = False) -> None:
         self.specs = tuple(specs)
         if not self.specs:
             raise InvalidValueError("a store needs at least one table")
@@ -60,26 +62,35 @@ class Tables:
         self.num_rows = 0
         for spec in self.specs:
             self.first.append(self.num_rows)
-            self.num_rows += spec.num_embeddings
-        self._all = self._tensor(range(len(self.specs)))
-        self._each = [self._all[t : t + 1] for t in range(len(self.specs))]
+            self.num_rows += spec.num_embeddings + spare
+        self.spare_rows: list[int] = []
+        if spare:
+            self.spare_rows = [
+                first + s.num_embeddings for first, s in zip(self.first, self.specs, strict=True)
+            ]
+        self._metadata: dict[tuple[int, ...], Tensor] = {}
 
-    def _tensor(self, numbers: Sequence[int] | range) -> Int[Tensor, "tables 3"]:
+    def _tensor(self, numbers: Sequence[int]) -> Int[Tensor, "tables 3"]:
         rows = []
         for number in numbers:
             spec = self.specs[number]
             padding = -1 if spec.padding_idx is None else spec.padding_idx
-            rows.append([self.first[number], spec.num_embeddings, padding])
+            size = spec.num_embeddings + bool(self.spare_rows)
+            rows.append([self.first[number], size, padding])
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def rows_of(self, number: int) -> slice:
-        """Return the header's rows of a table."""
+        """Return the header's rows of a table, without the spare one."""
         first = self.first[number]
         return slice(first, first + self.specs[number].num_embeddings)
 
-    def metadata(self, number: int | None = None) -> Int[Tensor, "tables 3"]:
-        """Return what the kernels take: of one table, or of all."""
-        return self._all if number is None else self._each[number]
+    def metadata(self, numbers: tuple[int, ...] | None = None) -> Int[Tensor, "tables 3"]:
+        """Return what the kernels take of some tables; of all by default."""
+        numbers = tuple(range(len(self.specs))) if numbers is None else numbers
+        found = self._metadata.get(numbers)
+        if found is None:
+            found = self._metadata[numbers] = self._tensor(numbers)
+        return found
 
     @property
     def padding_rows(self) -> list[int]:
@@ -89,3 +100,8 @@ class Tables:
             for first, spec in zip(self.first, self.specs, strict=True)
             if spec.padding_idx is not None
         ]
+
+    @property
+    def empty_rows(self) -> list[int]:
+        """The header's rows that never get storage."""
+        return self.padding_rows + self.spare_rows
