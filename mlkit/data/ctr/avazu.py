@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from mlkit.data.ctr.blocks import files_of
 from mlkit.data.ctr.hashing import hash_cells, sizes_of
-from mlkit.data.ctr.lines import LineFormat, LineStream, files_of
+from mlkit.data.ctr.lines import LineFormat, LineStream
 from mlkit.data.ctr.stream import CTRBatch, TestShare
 
 __all__ = ["avazu"]
@@ -28,7 +30,7 @@ _START = re.compile(rb"[^,]*,[^,]*,(%s)," % _HOUR)
 
 
 def avazu(
-    path: str | Sequence[str] | None,
+    path: str | Path | Sequence[str | Path] | None,
     *,
     seed: int = 0,
     table_sizes: int | Sequence[int] = 100_000,

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import logging
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from mlkit.data.ctr.blocks import Block, Mark, first_mark, read_blocks
 from mlkit.data.ctr.stream import CTRBatch, Split, TestShare, check_split, split_ends
-from mlkit.errors import InvalidValueError, MissingDataError
+from mlkit.errors import InvalidValueError
 
-__all__ = ["LineFormat", "LineStream", "files_of"]
+__all__ = ["LineFormat", "LineStream"]
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_LINE = 65_536
 
 
 @dataclass(frozen=True)
@@ -47,19 +42,9 @@ class LineFormat:
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """Where a block of lines begins: counted over all files, and in its own."""
-
-    line: int
-    path: Path
-    offset: int
-    line_in_file: int
-
-
-@dataclass(frozen=True)
 class _Index:
     num_lines: int
-    marks: tuple[_Mark, ...]
+    marks: tuple[Mark, ...]
     days: tuple[int, ...]
     sha256: str
 
@@ -176,17 +161,18 @@ class LineStream:
     def _index(self) -> _Index:
         """Read everything once."""
         digest = hashlib.sha256()
-        marks: list[_Mark] = []
+        marks: list[Mark] = []
         days: list[int] = []
         num_lines, last_hour = 0, b""
         for path in self._paths:
-            if self._format.hour is None and len(self._paths) > 1:
-                days.append(num_lines)
+            first_line = num_lines
             for block, lines, mark in self._blocks(path, num_lines):
                 digest.update(block)
                 marks.append(mark)
                 num_lines = mark.line + len(lines)
                 if self._format.hour is None:
+                    if len(self._paths) > 1 and mark.line == first_line:
+                        days.append(first_line)
                     continue
                 for number, line in enumerate(lines):
                     hour = self._format.hour(line)
@@ -207,83 +193,20 @@ class LineStream:
             )
         return _Index(num_lines, tuple(marks), tuple(days), digest.hexdigest()[:16])
 
-    def _blocks_from(self, line: int) -> Iterator[tuple[_Mark, list[bytes]]]:
+    def _blocks_from(self, line: int) -> Iterator[tuple[Mark, list[bytes]]]:
         """Blocks of lines from the one that holds `line` to the end of the last file."""
         marks = self._index.marks
         first = max(int(np.searchsorted([mark.line for mark in marks], line, side="right")) - 1, 0)
-        start = marks[first]
-        position = self._paths.index(start.path)
-        for path in self._paths[position:]:
-            begin = start if path == start.path else next(m for m in marks if m.path == path)
-            for _, lines, mark in self._blocks(path, begin.line, begin):
+        begins = {mark.path: mark for mark in reversed(marks[first:])}
+        for path, begin in reversed(begins.items()):
+            for _, lines, mark in self._blocks(path, begin):
                 yield mark, lines
 
-    def _blocks(
-        self, path: Path, line: int, start: _Mark | None = None
-    ) -> Iterator[tuple[bytes, list[bytes], _Mark]]:
-        """Text, lines and place of each block of a file, from a mark or from the beginning."""
-        with _open(path) as file:
-            if start is not None:
-                file.seek(start.offset)
-                mark = start
-            else:
-                mark = _Mark(line, path, self._pass_header(file, path), 1)
-                if self._format.header is not None:
-                    mark = _Mark(line, path, mark.offset, 2)
-            rest = b""
-            while True:
-                read = file.read(self._block_bytes)
-                text = rest + read
-                end = text.rfind(b"\n") + 1 if read else len(text)
-                block, rest = text[:end], text[end:]
-                if len(rest) > _LONGEST_LINE:
-                    raise InvalidValueError(
-                        f"{path} has no line end within {_LONGEST_LINE} bytes after byte "
-                        f"{mark.offset + end}; expected {self._format.expected} in each line"
-                    )
-                if block:
-                    lines = [item.removesuffix(b"\r") for item in block.split(b"\n")]
-                    if block.endswith(b"\n"):
-                        lines.pop()
-                    yield block, lines, mark
-                    mark = _Mark(
-                        mark.line + len(lines),
-                        path,
-                        mark.offset + len(block),
-                        mark.line_in_file + len(lines),
-                    )
-                if not read:
-                    return
-
-    def _pass_header(self, file: IO[bytes], path: Path) -> int:
-        """Read and check the header; return where the rows begin."""
-        header = self._format.header
-        if header is None:
-            return 0
-        first = file.readline(_LONGEST_LINE)
-        if first.rstrip(b"\r\n") != header:
-            raise InvalidValueError(
-                f"{path}, line 1: expected the header {header.decode()}, got {first[:80]!r}"
-            )
-        return len(first)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    """A file, unpacked if it is gzip by its first bytes."""
-    with path.open("rb") as raw:
-        is_gzip = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        if not is_gzip:
-            yield raw
-            return
-        try:
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InvalidValueError(
-                f"{path} is no whole gzip file: {error}; fetch it again"
-            ) from error
+    def _blocks(self, path: Path, begin: Mark | int) -> Iterator[Block]:
+        """Blocks of a file from a mark, or all of them; its first line is then number `begin`."""
+        if isinstance(begin, int):
+            begin = first_mark(path, begin, self._format.header)
+        return read_blocks(begin, self._block_bytes, self._format.expected)
 
 
 def _rebatch(parts: Iterator[CTRBatch], batch_size: int) -> Iterator[CTRBatch]:
@@ -306,31 +229,3 @@ def _rebatch(parts: Iterator[CTRBatch], batch_size: int) -> Iterator[CTRBatch]:
 
 def _join(parts: Sequence[CTRBatch]) -> CTRBatch:
     return CTRBatch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def files_of(name: str, path: str | Sequence[str] | None) -> tuple[Path, ...]:
-    """The files that a configuration names.
-
-    Args:
-        name: Name of the data set.
-        path: One file, or several in the order of time.
-
-    Raises:
-        MissingDataError: If none is named, or one is absent.
-        InvalidValueError: If one is named twice.
-    """
-    named = [path] if isinstance(path, str | Path) else list(path or ())
-    if not named:
-        raise MissingDataError(
-            f"{name} cannot be fetched for you, because its terms have to be agreed to: get your "
-            "own copy and set data.path=/path/to/the/file (or a list of files in the order of time)"
-        )
-    files = tuple(Path(item).expanduser() for item in named)
-    if len(set(files)) < len(files):
-        raise InvalidValueError(f"{name}: data.path names a file twice: {named}")
-    for file in files:
-        if not file.is_file():
-            raise MissingDataError(
-                f"{name}: there is no file {file}; set data.path=/path/to/your/copy"
-            )
-    return files

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlkit.data.ctr.lines import files_of
+from mlkit.data.ctr.blocks import files_of
 from mlkit.data.ctr.stream import CTRStream, TestShare, check_fractions
 from mlkit.data.offline import check_root
 from mlkit.errors import InvalidValueError, MlkitError

@@ -55,7 +55,7 @@ class SyntheticConfig:
     latent_dim: int = 64
     min_dim: int = 2
     plant: Plant = "frequency"
-    num_interacting: int = 4
+    num_interacting: int = 3
     drift_at: Sequence[float] = (0.35,)
     drift_share: float = 0.1
     renew_share: float = 0.0

@@ -139,6 +139,17 @@ def test_gzip_and_several_files_are_one_stream(tmp_path):
     assert "day_0, day_1, day_2" in stream.source
 
 
+def test_files_without_a_row_change_nothing(tmp_path):
+    rows = criteo_rows(20)
+    parts = {"a": [], "b": rows[:14], "c": [], "d": rows[14:], "e": []}
+    paths = [write(tmp_path / name, part, last=bool(part)) for name, part in parts.items()]
+    stream = criteo(paths, test_fraction="last_day", val_fraction=0, block_bytes=700)
+    wanted = everything(criteo(write(tmp_path / "whole", rows)))
+    for got, expected in zip(everything(stream), wanted, strict=True):
+        assert np.array_equal(got, expected)
+    assert [stream.num_samples(s) for s in ("train", "val", "test")] == [14, 0, 6]
+
+
 def test_batches_have_one_size_over_blocks_and_bad_rows(tmp_path):
     rows = criteo_rows(40)
     rows[3] = "oops"

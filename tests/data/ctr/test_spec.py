@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from mlkit.data import CTRSpec
-from mlkit.data.ctr import CTRBatches, ctr_loader, to_tensors
+from mlkit.data.ctr import CTRBatches, SyntheticConfig, ctr_loader, to_tensors
 from mlkit.errors import InvalidValueError, MissingDataError
+from mlkit.run import build
+from tests.helpers.runs import compose_job
 
 SMALL = {
     "_target_": "mlkit.data.ctr.synthetic.synthetic",
@@ -59,3 +61,26 @@ def test_absent_files_are_named_before_anything_is_loaded(tmp_path):
     spec(stream=own, path=[str(tmp_path / "mine")]).check_files()
     with pytest.raises(MissingDataError, match=r"movielens100k is neither in .*fetch_data.py"):
         spec(name="movielens100k", root=str(tmp_path)).check_files()
+
+
+def test_configured_files_of_days_are_read(tmp_path):
+    for day in range(3):
+        rows = [f"{n % 2}\t" + "\t".join(["7"] * 13 + ["0a"] * 26) for n in range(4 + day)]
+        (tmp_path / f"day_{day}").write_text("\n".join(rows) + "\n")
+    days = ",".join(f"'{tmp_path}/day_{day}'" for day in range(3))
+    chosen = ["data=criteo", "model=dlrm", f"data.path=[{days}]", "data.test_fraction=last_day"]
+    with compose_job(tmp_path / "run", "recipe=ccs", *chosen) as cfg:
+        made = build(cfg.data)
+    made.check_files()
+    stream = made.load(0)
+    assert [stream.num_samples(s) for s in ("train", "val", "test")] == [8, 1, 6]
+    (batch,) = stream.batches("test", made.batch_size)
+    assert batch.label.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_the_configured_stream_is_the_default_one(tmp_path):
+    with compose_job(tmp_path, "recipe=ccs", "data=ctr_synthetic", "model=dlrm") as cfg:
+        made = build(cfg.data)
+        given = {k: v for k, v in cfg.data.stream.items() if k != "_target_"}
+    assert SyntheticConfig(**given) == SyntheticConfig()
+    assert (made.val_fraction, made.test_fraction) == (0.05, 0.25)

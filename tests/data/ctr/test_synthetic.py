@@ -131,9 +131,9 @@ def test_a_drift_moves_ranks_and_renews_rows(plant):
             assert 0 < moved <= round(0.3 * rows)
             same_dims = np.array_equal(before.dims, after.dims)
             assert same_dims == (plant == "independent" or not before.interacts)
-            values = lambda t: t.vectors if t.interacts else t.weights[:, None]
-            renewed = (values(before) != values(after)).any(1).sum()
-            assert renewed == round(0.1 * rows)
+            kind = "vectors" if before.interacts else "weights"
+            changed = getattr(before, kind) != getattr(after, kind)
+            assert changed.reshape(rows, -1).any(1).sum() == round(0.1 * rows)
     hot = np.argmax(stream.frequency(2)[1])
     late = stream.sparse[15_000:, 1]
     assert np.bincount(late).argmax() == hot
