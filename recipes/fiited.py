@@ -13,17 +13,16 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 from torch import nn
-from torchmetrics.functional.classification import binary_auroc
 
 from mlkit.data.ctr import CTRSpec, CTRStream, ctr_loader
 from mlkit.embeddings import dynamic_stores
 from mlkit.embeddings.memory import dense_bytes, optimizer_bytes
 from mlkit.embeddings.settings import FIITEDSettings
-from mlkit.models import CTRModule
+from mlkit.models import CTRModule, ctr_quality
 from mlkit.report import Report, RunContext, is_global_zero
 from recipes.fiited_dims import chunk_statistics
 from recipes.fiited_memory import peak_memory
@@ -55,7 +54,7 @@ class FIITED:
     Args:
         settings: The arguments `fiited.*`.
         data: What to learn from.
-        model: Configuration of a network of `mlkit.models`.
+        model: Configuration of a `CTRModule`; its table optimizer is the settings'.
         trainer: Configuration of the Trainer.
         callbacks: Configurations of callbacks for every fit.
     """
@@ -107,8 +106,11 @@ class FIITED:
         net = network(
             self.model, self._sizes(stream), settings, cell.method, cell.fraction, cell.seed
         )
-        make = partial(table_optimizer, settings=settings, method=cell.method)
-        module = CTRModule(net, make, settings.dense_lr)
+        module = CTRModule(
+            net,
+            instantiate(self.model["dense_optimizer"]),
+            lambda _: table_optimizer(net, settings, cell.method),
+        )
         watch = Watch(stream, settings.window)
         fit(
             run,
@@ -118,26 +120,17 @@ class FIITED:
             self.trainer,
             self.callbacks,
             [watch],
-            max_steps=settings.max_steps or -1,
+            limit_train_batches=settings.max_steps,
             max_epochs=1,
         )
-        found: dict[str, Any] = {"auc": self._auc(net, stream), "step_ms": watch.step_ms}
+        found: dict[str, Any] = ctr_quality(net, ctr_loader(stream, "test", 8192))
+        found |= {"step_ms": watch.step_ms}
         found |= table_bytes(net, settings)
         found |= {"windows": watch.windows, "num_steps": watch.num_steps}
         if dynamic_stores(net):
             found |= chunk_statistics(net, stream)
             found |= {"coverage": watch.coverage, "churn": watch.churn}
         return found
-
-    @torch.no_grad()
-    def _auc(self, net: nn.Module, stream: CTRStream) -> float:
-        net.eval()
-        device = next(net.parameters()).device
-        logits, labels = [], []
-        for batch in ctr_loader(stream, "test", 8192):
-            logits.append(net(batch["dense"].to(device), batch["sparse"].to(device)).cpu())
-            labels.append(batch["label"])
-        return float(binary_auroc(torch.cat(logits), torch.cat(labels).long()))
 
     def _memory(self, stream: CTRStream) -> dict[str, int]:
         """Measure at the first budget."""

@@ -20,11 +20,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
 from torch.nn import functional as F
 
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.errors import RunError
+from mlkit.models import split_parameters
 from recipes.fiited_networks import network, table_optimizer
 
 __all__ = ["peak_memory"]
@@ -70,9 +72,7 @@ def peak_memory(
 def _train(request: Mapping[str, Any], settings: FIITEDSettings, method: str) -> None:
     net = network(request["model"], request["sizes"], settings, method, request["fraction"], 0)
     optimizer = table_optimizer(net, settings, method)
-    tables = {id(p) for p in net.tables.parameters()}
-    rest = [p for p in net.parameters() if id(p) not in tables]
-    dense = torch.optim.Adam(rest, lr=settings.dense_lr)
+    dense = instantiate(request["model"]["dense_optimizer"])(split_parameters(net)[0])
     batch = request["batch_size"]
     for _ in range(settings.memory_steps):
         ids = [torch.randint(rows, (batch, 1)) for rows in request["sizes"]["table_sizes"]]

@@ -32,7 +32,7 @@ def network(
     """Return a network on the CPU with the tables of a method.
 
     Args:
-        model: Configuration of a network of `mlkit.models`.
+        model: Configuration of a `CTRModule`.
         sizes: Its `table_sizes` and `num_dense`.
         settings: The arguments `fiited.*`.
         method: One of `METHODS`.
@@ -40,7 +40,7 @@ def network(
         seed: Of all initial values; layers outside of the tables get the same for every method.
     """
     with torch.device("meta"):
-        net: nn.Module = instantiate(model, **sizes)
+        net: nn.Module = instantiate(model["net"], **sizes)
         conversion = settings.conversion(method, fraction, seed)
         if conversion is not None:
             mlkit.convert(net, conversion)

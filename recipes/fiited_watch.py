@@ -64,8 +64,8 @@ class Watch(L.Callback):
         """Stop it, and look."""
         self._times.append(time.perf_counter() - self._start)
         self._seen += len(batch["label"])
-        self._logits.append(module.last_logits)
-        self._labels.append(batch["label"])
+        self._logits.append(outputs["logits"].cpu())
+        self._labels.append(batch["label"].cpu())
         if len(self._logits) == self._window:
             labels = torch.cat(self._labels).long()
             if 0 < int(labels.sum()) < len(labels):

@@ -55,7 +55,6 @@ class FIITEDSettings:
             generated.
         optimizer: Of the tables: "rowwise_adagrad", "adagrad" or "sgd".
         table_lr: Learning rate of the tables by method; "default" for the others.
-        dense_lr: Of everything else (Adam).
         max_steps: Steps of a fit at most; None for one pass over the training part.
         config: Arguments of `FIITEDConfig` beside its budget, optimizer and learning rate.
         baselines: Arguments of the other methods' configs, by method.
@@ -75,7 +74,6 @@ class FIITEDSettings:
     num_seeds: int = 1
     optimizer: str = "rowwise_adagrad"
     table_lr: Mapping[str, float] = field(default_factory=lambda: {"default": 0.05})
-    dense_lr: float = 1e-3
     max_steps: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -109,8 +107,8 @@ class FIITEDSettings:
                 "fiited.table_lr must hold 'default', and methods with a rate of their own, got "
                 f"{sorted(self.table_lr)}"
             )
-        if min([*self.table_lr.values(), self.dense_lr]) <= 0:
-            raise InvalidValueError("fiited.table_lr and fiited.dense_lr must be above 0")
+        if min(self.table_lr.values()) <= 0:
+            raise InvalidValueError(f"fiited.table_lr must be above 0, got {self.table_lr}")
         for name in ("num_seeds", "memory_steps", "window"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"fiited.{name} must be at least 1")
