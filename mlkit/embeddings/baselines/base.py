@@ -160,7 +160,7 @@ class CompressedEmbeddingBag(nn.Module):
 
     # ------------------------------------------------------------------- bytes
 
-    def memory_bytes(self) -> MemoryReport:
+    def memory_report(self) -> MemoryReport:
         """Count everything that is held, with the state of the optimizer named at construction."""
         matrices = list(self.parameters())
         size = matrices[0].element_size()
@@ -214,7 +214,7 @@ class CompressedEmbeddingBag(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, bytes and modes."""
-        report = self.memory_bytes()
+        report = self.memory_report()
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, {report.total_bytes:,} bytes with "
             f"{self.optimizer} ({100 * report.byte_fraction:.1f} % of dense), mode={self.mode}"

@@ -350,9 +350,9 @@ class CAFEEmbeddingBag(CompressedEmbeddingBag):
 
     # ------------------------------------------------------------------- bytes
 
-    def memory_bytes(self) -> MemoryReport:
+    def memory_report(self) -> MemoryReport:
         """Count everything that is held; the sketch and the counters are "other"."""
-        report = super().memory_bytes()
+        report = super().memory_report()
         free = self.free.numel() * self.free.element_size()
         held = sum(b.numel() * b.element_size() for b in self.buffers())
         return MemoryReport(

@@ -42,7 +42,7 @@ class HashingEmbeddingBag(CompressedEmbeddingBag):
 
     Example:
         >>> bag = HashingEmbeddingBag(1000, 16, memory_budget=0.1)
-        >>> tuple(bag.weight.shape), bag.memory_bytes().byte_fraction
+        >>> tuple(bag.weight.shape), bag.memory_report().byte_fraction
         ((100, 16), 0.1)
     """
 

@@ -37,7 +37,7 @@ class NarrowEmbeddingBag(ProjectedEmbeddingBag):
 
     Example:
         >>> bag = NarrowEmbeddingBag(1000, 16, memory_budget=0.5, project=False)
-        >>> bag.table_dim, round(bag.memory_bytes().byte_fraction, 3)
+        >>> bag.table_dim, round(bag.memory_report().byte_fraction, 3)
         (7, 0.471)
     """
 

@@ -211,7 +211,7 @@ def test_rows_have_one_owner_whatever_happens(seed, threshold, decay_every, budg
         own = physical < bag.hot_rows
         assert len(physical[own].unique()) == int(own.sum()), "no two ids share a row of their own"
         assert {int(physical[i]): i for i in own.nonzero().flatten().tolist()} == after
-        assert bag.memory_bytes().total_bytes <= budget
+        assert bag.memory_report().total_bytes <= budget
 
 
 def test_auto_threshold_uses_all_rows():
@@ -319,7 +319,7 @@ def test_bad_optimizers():
 def test_bytes_by_hand():
     """Rows of 16 + 4 bytes; 48 of sketch and 4 of the stack for each hot one; 28 of counters."""
     bag = make(budget=8000, padding_idx=0)
-    report = bag.memory_bytes()
+    report = bag.memory_report()
     rows = bag.hot_rows + bag.hashed_rows + 1
     assert report.weight_bytes == 16 * rows
     assert report.optimizer_bytes == 4 * rows

@@ -183,11 +183,11 @@ def test_bytes_never_exceed_the_budget(name, rows, dim, fraction, optimizer, pad
     except InvalidValueError as error:
         least = int(str(error).split("minimum is ")[1].split()[0].replace(",", ""))
         assert least > int(fraction * dense)
-        assert build(least).memory_bytes().total_bytes <= least
+        assert build(least).memory_report().total_bytes <= least
         with pytest.raises(InvalidValueError, match="minimum is"):
             build(least - 1)
         return
-    report = bag.memory_bytes()
+    report = bag.memory_report()
     assert report.total_bytes <= fraction * dense
     assert report.dense_bytes == dense
     held = sum(t.numel() * t.element_size() for t in (*bag.parameters(), *bag.buffers()))
@@ -197,8 +197,8 @@ def test_bytes_never_exceed_the_budget(name, rows, dim, fraction, optimizer, pad
 @pytest.mark.parametrize("name", BUDGETED)
 def test_budgets_in_bytes_and_units(name):
     one, other = make(name, 2048, rows=200), make(name, "2KiB", rows=200)
-    assert one.memory_bytes() == other.memory_bytes()
-    assert 1024 < one.memory_bytes().total_bytes <= 2048, "most of the budget is used"
+    assert one.memory_report() == other.memory_report()
+    assert 1024 < one.memory_report().total_bytes <= 2048, "most of the budget is used"
     assert "2," in repr(other) or "1," in repr(other)
 
 

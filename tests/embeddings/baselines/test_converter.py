@@ -99,7 +99,7 @@ every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def total(model: nn.Module) -> MemoryReport:
-    reports = [m.memory_bytes() for m in model.modules() if isinstance(m, CompressedEmbeddingBag)]
+    reports = [m.memory_report() for m in model.modules() if isinstance(m, CompressedEmbeddingBag)]
     return sum(reports[1:], reports[0])
 
 
@@ -159,7 +159,7 @@ def test_bytes_are_for_all_tables_together(config, budget):
     held = total(model)
     assert 0.4 * 8000 < held.total_bytes <= 8000
     if kind in (HashingConfig, QRConfig):
-        shares = [t.memory_bytes().byte_fraction for t in model.tables]
+        shares = [t.memory_report().byte_fraction for t in model.tables]
         assert max(shares) - min(shares) < 0.05, "in proportion to the dense tables"
 
 
