@@ -134,9 +134,10 @@ class FIITED:
 
     def _memory(self, stream: CTRStream) -> dict[str, int]:
         """Measure at the first budget."""
+        rows = [self.settings.memory_scale * size for size in stream.table_sizes]
         return peak_memory(
             self.model,
-            self._sizes(stream),
+            {**self._sizes(stream), "table_sizes": rows},
             asdict(self.settings),
             self.settings.fractions[0],
             self.data.batch_size,

@@ -225,6 +225,6 @@ def _facts(
         "same optimizer"
     )
     report.facts["peak memory"] = (
-        f"of a training process of its own, at {settings.fractions[0]:.0%} of the bytes; imports "
-        "included"
+        f"of a training process of its own, at {settings.fractions[0]:.0%} of the bytes, with tables "
+        f"of {settings.memory_scale} times as many rows; imports included"
     )

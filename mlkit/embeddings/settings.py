@@ -58,7 +58,9 @@ class FIITEDSettings:
         max_steps: Steps of a fit at most; None for one pass over the training part.
         config: Arguments of `FIITEDConfig` beside its budget, optimizer and learning rate.
         baselines: Arguments of the other methods' configs, by method.
-        memory_steps: Steps of the process whose peak memory is measured.
+        memory_steps: Steps of the processes whose peak memory is measured.
+        memory_scale: How many times the rows of the data's tables theirs have: small tables vanish
+            beside what is imported.
         window: Steps of a window of forecasts, whose AUC is drawn over time.
 
     Raises:
@@ -78,6 +80,7 @@ class FIITEDSettings:
     config: Mapping[str, Any] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     memory_steps: int = 8
+    memory_scale: int = 1
     window: int = 100
 
     def __post_init__(self) -> None:
@@ -109,7 +112,7 @@ class FIITEDSettings:
             )
         if min(self.table_lr.values()) <= 0:
             raise InvalidValueError(f"fiited.table_lr must be above 0, got {self.table_lr}")
-        for name in ("num_seeds", "memory_steps", "window"):
+        for name in ("num_seeds", "memory_steps", "memory_scale", "window"):
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"fiited.{name} must be at least 1")
         if self.max_steps is not None and self.max_steps < 1:
