@@ -1,8 +1,8 @@
 // Dynamic embeddings on CPUs; reference.py and selection.py are the definition.
 //
 // A lookup reads the row's header, one line or two, and learns from it where the row's chunks are,
-// which lie side by side in layout `slab`. Both are misses to memory, one after the other, so headers
-// are prefetched some 32 lookups ahead and chunks some 14, by when their header has come. Backward
+// which lie side by side in layout `slab`. Both are misses to memory, one after the other, so that
+// both are prefetched, in bursts (cpu_row.h): chunks when their headers have come. Backward
 // sorts the lookups by row (cpu_sort.h), and for each row sums its gradient into a buffer of the
 // first-level cache, from where it goes into utilities, optimizer and chunks (cpu_update.h). All
 // indices are looked at before anything is written. The result does not depend on the number of
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_cpu(Tensor tables, Tensor indices,
   run(shares, [&](int64_t share) {
     int64_t at = start[share];
     each_sum(order, gradient, order.cut(share, shares), order.cut(share + 1, shares),
-             [](int64_t, int64_t) {},
+             [](int64_t) {}, [](int64_t) {},
              [&](int64_t row, int64_t count, const float* g) {
                data<int64_t>(rows)[at] = row;
                data<int64_t>(counts)[at] = count;

@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t kGradAhead = 10;  // lookups from the prefetch of a gradient to its use
-
 struct Gradient {
   const float* data;     // [batch, tables * D]
   int64_t dim;           // D
@@ -18,10 +16,10 @@ struct Gradient {
   bool mean;
 };
 
-// f(row, count, its gradient) for the rows of keys[begin, end); `ahead` prefetches.
-template <class Ahead, class F>
+// f(row, count, its gradient) for the rows of keys[begin, end); the others prefetch what it needs.
+template <class Header, class Chunks, class F>
 void each_sum(const Order& order, const Gradient& grad, int64_t begin, int64_t end,
-              const Ahead& ahead, const F& f) {
+              const Header& header, const Chunks& chunks, const F& f) {
   const int64_t D = grad.dim;
   std::vector<float> buffer(D + kLine / 4);
   float* sum = reinterpret_cast<float*>(
@@ -32,15 +30,17 @@ void each_sum(const Order& order, const Gradient& grad, int64_t begin, int64_t e
     const uint32_t tag = static_cast<uint32_t>(key);
     return grad.weights ? order.segments[tag] : tag;
   };
-  ahead(begin, 0);
+  const auto ask_header = [&](int64_t at) { header(row_of(keys[at])); };
+  const auto ask_chunks = [&](int64_t at) {
+    chunks(row_of(keys[at]));
+    const char* line = reinterpret_cast<const char*>(grad.data + segment(keys[at]) * D);
+    for (int64_t i = 0; i < D * 4; i += kLine) prefetch(line + i, false);
+  };
+  Bursts bursts(begin, end, ask_header, ask_chunks);
   for (int64_t at = begin; at < end;) {
     const int64_t row = row_of(keys[at]), start = at;
     do {
-      ahead(at, 1);
-      if (at + kGradAhead < end) {
-        const char* line = reinterpret_cast<const char*>(grad.data + segment(keys[at + kGradAhead]) * D);
-        for (int64_t i = 0; i < D * 4; i += kLine) prefetch(line + i, false);
-      }
+      bursts.reach(at);
       const int64_t place = segment(keys[at]);
       float factor = 1.0f;
       if (!plain) {
@@ -62,21 +62,13 @@ void backward(const Order& order, const Gradient& grad, std::vector<Rows<T>>& th
   const int64_t shares = threads.size();
   run(shares, [&](int64_t share) {
     Rows<T>& rows = threads[share];
-    const Key* keys = order.keys.get();
-    const int64_t begin = order.cut(share, shares), end = order.cut(share + 1, shares);
-    const auto ahead = [&](int64_t at, int64_t most) {
-      // The first call (most = 0) fills the pipeline.
-      const int64_t headers = std::min(end, at + kHeaderAhead + most);
-      const int64_t chunks = std::min(end, at + kPoolAhead + most);
-      for (int64_t i = most ? at + kHeaderAhead : at; i < headers; ++i)
-        rows.template prefetch_header_of<Slab>(row_of(keys[i]));
-      for (int64_t i = most ? at + kPoolAhead : at; i < chunks; ++i)
-        rows.template prefetch_chunks_of<Slab>(row_of(keys[i]));
-    };
-    each_sum(order, grad, begin, end, ahead,
-             [&](int64_t row, int64_t count, const float* g) {
-               rows.template apply<Slab, W>(row, count, g);
-             });
+    each_sum(
+        order, grad, order.cut(share, shares), order.cut(share + 1, shares),
+        [&](int64_t row) { rows.prefetch_header_of(row); },
+        [&](int64_t row) { rows.template prefetch_chunks_of<Slab>(row); },
+        [&](int64_t row, int64_t count, const float* g) {
+          rows.template apply<Slab, W>(row, count, g);
+        });
   });
 }
 
@@ -88,13 +80,11 @@ void apply(const int64_t* row, const int64_t* counts, const float* grads, int64_
   run(shares, [&](int64_t share) {
     Rows<T>& rows = threads[share];
     const int64_t begin = n * share / shares, end = n * (share + 1) / shares;
-    for (int64_t i = begin; i < std::min(end, begin + kHeaderAhead); ++i)
-      rows.template prefetch_header_of<Slab>(row[i]);
-    for (int64_t i = begin; i < std::min(end, begin + kPoolAhead); ++i)
-      rows.template prefetch_chunks_of<Slab>(row[i]);
+    const auto ask_header = [&](int64_t i) { rows.prefetch_header_of(row[i]); };
+    const auto ask_chunks = [&](int64_t i) { rows.template prefetch_chunks_of<Slab>(row[i]); };
+    Bursts bursts(begin, end, ask_header, ask_chunks);
     for (int64_t i = begin; i < end; ++i) {
-      if (i + kHeaderAhead < end) rows.template prefetch_header_of<Slab>(row[i + kHeaderAhead]);
-      if (i + kPoolAhead < end) rows.template prefetch_chunks_of<Slab>(row[i + kPoolAhead]);
+      bursts.reach(i);
       rows.template apply<Slab, W>(row[i], counts[i], grads + i * dim);
     }
   });

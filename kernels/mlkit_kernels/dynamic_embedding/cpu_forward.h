@@ -42,10 +42,11 @@ void forward_bags(const Lookup<T>& a, int64_t first_bag, int64_t last_bag, const
   const Bags& bags = a.bags;
   const int64_t D = l.chunks * l.width, begin = bags.start(first_bag), end = bags.start(last_bag);
   const auto header = [&](int64_t p) { return a.header + rows[p - begin] * l.words; };
-  for (int64_t p = begin; p < std::min(end, begin + kHeaderAhead); ++p)
-    prefetch_header<false>(header(p), l);
-  for (int64_t p = begin; p < std::min(end, begin + kPoolAhead); ++p)
+  const auto ask_header = [&](int64_t p) { prefetch_header<false>(header(p), l); };
+  const auto ask_chunks = [&](int64_t p) {
     if (rows[p - begin] >= 0) prefetch_chunks<false, Slab>(header(p), a.pool, l);
+  };
+  Bursts bursts(begin, end, ask_header, ask_chunks);
 
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
     float* to = a.out + bags.segment(bag) * D;
@@ -58,9 +59,7 @@ void forward_bags(const Lookup<T>& a, int64_t first_bag, int64_t last_bag, const
     }
     bool empty = true;
     for (int64_t p = bags.start(bag); p < stop; ++p) {
-      if (p + kHeaderAhead < end) prefetch_header<false>(header(p + kHeaderAhead), l);
-      if (p + kPoolAhead < end && rows[p + kPoolAhead - begin] >= 0)
-        prefetch_chunks<false, Slab>(header(p + kPoolAhead), a.pool, l);
+      bursts.reach(p);
       const int64_t row = rows[p - begin];
       if (row < 0) continue;
       const float factor = (a.weights ? a.weights[p] : 1.0f) / length;

@@ -15,8 +15,38 @@ namespace {
 
 constexpr int kMaxChunks = 8;
 constexpr int64_t kLine = 64;        // bytes of a cache line
-constexpr int64_t kHeaderAhead = 32;  // lookups from a header's prefetch to its use
-constexpr int64_t kPoolAhead = 14;   // the same for the chunks, whose place the header tells
+constexpr int64_t kBurst = 64;  // lookups whose lines are asked for at once
+
+// Asks for memory in bursts: the headers of a burst of lookups while the chunks of the burst before
+// it are asked for and the one before that is used. A burst fills all the core's misses in flight;
+// prefetches spread over the work, one lookup at a time, keep few of them busy where a miss of the
+// address cache comes with each.
+template <class Header, class Chunks>
+class Bursts {
+ public:
+  Bursts(int64_t begin, int64_t end, const Header& header, const Chunks& chunks)
+      : end_(end), next_(begin), header_(header), chunks_(chunks) {
+    ask(begin, header_);
+    ask(begin + kBurst, header_);
+    ask(begin, chunks_);
+  }
+  // To be called with each lookup in turn.
+  void reach(int64_t at) {
+    if (at != next_) return;
+    next_ += kBurst;
+    ask(at + 2 * kBurst, header_);
+    ask(at + kBurst, chunks_);
+  }
+
+ private:
+  template <class F>
+  void ask(int64_t first, const F& f) const {
+    for (int64_t i = first; i < std::min(end_, first + kBurst); ++i) f(i);
+  }
+  int64_t end_, next_;
+  const Header& header_;
+  const Chunks& chunks_;
+};
 
 struct Layout {
   bool slab, wide;
@@ -67,6 +97,7 @@ inline Places find(const int32_t* row, const Layout& l) {
 }
 
 inline void prefetch(const void* p, bool write) {
+  asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
   if (write)
     __builtin_prefetch(p, 1);
   else

@@ -53,7 +53,6 @@ class Rows {
       : header_(header), pool_(pool), first_(first), second_(second), steps_(steps),
         layout_(layout), update_(update), sink_(layout.width) {}
 
-  template <bool Slab>
   void prefetch_header_of(int64_t row) const {
     prefetch_header<true>(header_ + row * layout_.words, layout_);
   }

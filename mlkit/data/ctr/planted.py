@@ -65,7 +65,7 @@ class PlantedTable:
             ids=ids,
             dims=dims,
             rank_dims=rank_dims,
-            vectors=rng.standard_normal((rows, width), dtype=np.float32),
+            vectors=_vectors((rows, width), settings, rng),
             weights=rng.standard_normal(rows, dtype=np.float32) * np.float32(not interacts),
         )
 
@@ -80,7 +80,7 @@ class PlantedTable:
             dims[ids] = self.rank_dims
         renewed = rng.choice(rows, round(settings.renew_share * rows), replace=False)
         vectors, weights = self.vectors.copy(), self.weights.copy()
-        vectors[renewed] = rng.standard_normal(vectors[renewed].shape, dtype=np.float32)
+        vectors[renewed] = _vectors(vectors[renewed].shape, settings, rng)
         fresh = rng.standard_normal(len(renewed), dtype=np.float32)
         weights[renewed] = fresh * np.float32(not self.interacts)
         return replace(self, ids=ids, dims=dims, vectors=vectors, weights=weights)
@@ -110,6 +110,12 @@ class PlantedTable:
     def sample(self, num: int, rng: Rng) -> Int[np.ndarray, " num"]:
         """Draw rows by their probability."""
         return self.ids[np.searchsorted(self.cumulative, rng.random(num), side="right")]
+
+
+def _vectors(
+    shape: tuple[int, ...], settings: SyntheticConfig, rng: Rng
+) -> Float32[np.ndarray, "rows dim"]:
+    return np.float32(settings.latent_mean) + rng.standard_normal(shape, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class SyntheticConfig:
             proportion to k^-s.
         latent_dim: The largest true dimension.
         min_dim: The smallest, where a table interacts.
+        latent_mean: Mean of the components of a latent vector, whose standard deviation is 1. Above
+            0 a row shifts the log-odds by itself, too, and a network finds the vectors sooner.
         plant: "frequency": the true dimension falls from `latent_dim` to `min_dim` with the
             logarithm of the rank, and follows the rank in a drift. "independent": it is uniform
             between the two and stays with the row.
@@ -54,6 +56,7 @@ class SyntheticConfig:
     zipf: Sequence[float] = (1.05, 1.2)
     latent_dim: int = 64
     min_dim: int = 2
+    latent_mean: float = 0.5
     plant: Plant = "frequency"
     num_interacting: int = 3
     drift_at: Sequence[float] = (0.35,)

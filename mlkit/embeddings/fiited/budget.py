@@ -52,12 +52,17 @@ class Plan:
     @property
     def most_free_units(self) -> int:
         """Free units of layout "slab" past which a round compacts the pool."""
-        return self.num_slots // 64 + 9 * self.page_slots
+        return self.num_slots // 64 + 7 * self.page_slots
 
     @property
     def allocator_bytes(self) -> int:
-        """Free lists and page table, at their largest between two rounds."""
-        return _allocator_bytes(self.num_slots, self.page_slots, self.most_free_units)
+        """Free lists and page table, at their largest between two rounds.
+
+        New rows take whole pages: of the class of full rows, and of one more class for the last of
+        them that gets storage. So there are at most two pages' units more than after a round.
+        """
+        most = self.most_free_units + 2 * self.page_slots
+        return _allocator_bytes(self.num_slots, self.page_slots, most)
 
     @property
     def total_bytes(self) -> int:

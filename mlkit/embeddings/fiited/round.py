@@ -140,12 +140,12 @@ class Round:
         tables = store.tables.metadata()
         one = torch.ones(len(tables))
         if self._config.normalize == "per_table":
-            share = store.target / sum(self._size(t) for t in range(len(tables)))
+            total = sum(self._size(t) for t in range(len(tables)))
             return [
                 _Group(
                     store.tables.metadata((t,)),
                     one[:1],
-                    math.floor(share * self._size(t)),
+                    store.target * self._size(t) // total,
                     int(store.resident(store.tables.rows_of(t)).sum()),
                 )
                 for t in range(len(tables))
