@@ -59,11 +59,10 @@ class CTRModule(L.LightningModule):
         """Return the logits."""
         return self.net(dense, sparse)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Step both optimizers; return the loss."""
-        loss = F.binary_cross_entropy_with_logits(
-            self(batch["dense"], batch["sparse"]), batch["label"]
-        )
+    def training_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Step both optimizers; return `{"loss", "logits"}`, the logits from before the step."""
+        logits = self(batch["dense"], batch["sparse"])
+        loss = F.binary_cross_entropy_with_logits(logits, batch["label"])
         optimizers = self.optimizers()
         both = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in both:
@@ -71,7 +70,7 @@ class CTRModule(L.LightningModule):
         self.manual_backward(loss)
         for optimizer in both:
             optimizer.step()
-        return loss.detach()
+        return {"loss": loss.detach(), "logits": logits.detach()}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer outside the tables and one inside, or the first alone."""

@@ -1,0 +1,67 @@
+"""The networks that recipe `fiited` compares: stock ones, whose tables `mlkit.convert` replaces.
+
+They are built on `meta`, converted, and given memory afterwards: the dense tables never exist in the
+process that trains smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+import mlkit
+from mlkit.embeddings import FusedEmbeddingOptimizer, RowWiseAdagrad, dynamic_stores
+from mlkit.embeddings.settings import FIITEDSettings
+from mlkit.models import initialise
+
+__all__ = ["network", "table_optimizer"]
+
+
+def network(
+    model: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    settings: FIITEDSettings,
+    method: str,
+    fraction: float,
+    seed: int,
+) -> nn.Module:
+    """Return a network on the CPU with the tables of a method.
+
+    Args:
+        model: Configuration of a `CTRModule`.
+        sizes: Its `table_sizes` and `num_dense`.
+        settings: The arguments `fiited.*`.
+        method: One of `METHODS`.
+        fraction: Bytes of the tables, as a fraction of the dense ones.
+        seed: Of all initial values; layers outside of the tables get the same for every method.
+    """
+    with torch.device("meta"):
+        net: nn.Module = instantiate(model["net"], **sizes)
+        conversion = settings.conversion(method, fraction, seed)
+        if conversion is not None:
+            mlkit.convert(net, conversion)
+    net.to_empty(device="cpu")
+    initialise(net, seed)
+    return net
+
+
+def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> Any:
+    """Return the optimizer of a network's tables: fused where the method has its own."""
+    if dynamic_stores(net):
+        return FusedEmbeddingOptimizer(net)
+    parameters = [p for p in net.tables.parameters() if p.requires_grad]
+    lr = settings.lr(method)
+    if settings.optimizer == "rowwise_adagrad":
+        optimizer: torch.optim.Optimizer = RowWiseAdagrad(parameters, lr=lr)
+    elif settings.optimizer == "adagrad":
+        optimizer = torch.optim.Adagrad(parameters, lr=lr)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=lr)
+    for table in net.tables:
+        if hasattr(table, "register_optimizer"):
+            table.register_optimizer(optimizer)
+    return optimizer
