@@ -204,6 +204,7 @@ def config_of(**changes: Any) -> FIITEDConfig:
         "lr": 0.05,
         "decay": 0.8,
         "init_scale": 0.5,
+        "first_read": "zeros",
     }
     return FIITEDConfig(**{**base, **changes})
 
