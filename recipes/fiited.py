@@ -146,10 +146,10 @@ class FIITED:
 
 def table_bytes(net: nn.Module, settings: FIITEDSettings) -> dict[str, float]:
     """Return what the tables of a network take, and as fractions of the dense ones."""
-    stores = dynamic_stores(net)
-    holders = stores or [t for t in net.tables if hasattr(t, "memory_report")]
+    stores, tables = dynamic_stores(net), list(net.get_submodule("tables").children())
+    holders: list[Any] = [*stores] or [t for t in tables if hasattr(t, "memory_report")]
     reports = [holder.memory_report() for holder in holders]
-    stock = [t for t in net.tables if type(t) is nn.EmbeddingBag]
+    stock = [t for t in tables if type(t) is nn.EmbeddingBag]
     sizes = [tuple(t.weight.shape) for t in stock]
     extra = sum(dense_bytes(rows, dim, settings.optimizer) for rows, dim in sizes)
     state = sum(optimizer_bytes(rows, dim, settings.optimizer) for rows, dim in sizes)

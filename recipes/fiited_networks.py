@@ -1,7 +1,7 @@
 """The networks that recipe `fiited` compares: stock ones, whose tables `mlkit.convert` replaces.
 
-They are built on `meta`, converted, and given memory afterwards: the dense tables never exist in the
-process that trains smaller ones.
+They are built on `meta`, converted, and given memory afterwards: the dense tables never exist in
+the process that trains smaller ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from hydra.utils import instantiate
 from torch import nn
 
 import mlkit
-from mlkit.embeddings import FusedEmbeddingOptimizer, RowWiseAdagrad, dynamic_stores
+from mlkit.embeddings import (
+    CAFEEmbeddingBag,
+    FusedEmbeddingOptimizer,
+    RowWiseAdagrad,
+    dynamic_stores,
+)
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.models import initialise
 
@@ -53,7 +58,8 @@ def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> An
     """Return the optimizer of a network's tables: fused where the method has its own."""
     if dynamic_stores(net):
         return FusedEmbeddingOptimizer(net)
-    parameters = [p for p in net.tables.parameters() if p.requires_grad]
+    tables = net.get_submodule("tables")
+    parameters = [p for p in tables.parameters() if p.requires_grad]
     lr = settings.lr(method)
     if settings.optimizer == "rowwise_adagrad":
         optimizer: torch.optim.Optimizer = RowWiseAdagrad(parameters, lr=lr)
@@ -61,7 +67,7 @@ def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> An
         optimizer = torch.optim.Adagrad(parameters, lr=lr)
     else:
         optimizer = torch.optim.SGD(parameters, lr=lr)
-    for table in net.tables:
-        if hasattr(table, "register_optimizer"):
+    for table in tables.children():
+        if isinstance(table, CAFEEmbeddingBag):
             table.register_optimizer(optimizer)
     return optimizer

@@ -124,6 +124,6 @@ CLAIMS = [
         paper=_figures(("0.5", "0.35"), "none"),
         verdict=verdict,
         table=table,
-        needs_data=("movielens100k",),
+        needs_data="movielens100k",
     ),
 ]

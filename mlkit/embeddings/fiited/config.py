@@ -191,7 +191,7 @@ class FIITEDConfig:
 
     @property
     def decay_per_step(self) -> float:
-        """gamma of one step: `decay` is that of `prune_every` steps."""
+        """Decay of one step, gamma: `decay` is that of `prune_every` steps."""
         return self.decay ** (1 / self.prune_every)
 
     def is_round(self, step: int) -> bool:
