@@ -14,7 +14,15 @@ from hydra.utils import instantiate
 from torch import nn
 
 import mlkit
-from mlkit.embeddings import FusedEmbeddingOptimizer, RowWiseAdagrad, dynamic_stores
+from mlkit.embeddings import (
+    FIITEDConfig,
+    FusedEmbeddingOptimizer,
+    RowWiseAdagrad,
+    TableSpec,
+    dynamic_stores,
+)
+from mlkit.embeddings.fiited.initial import initial_values
+from mlkit.embeddings.fiited.tables import Tables
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.models import initialise
 
@@ -46,7 +54,19 @@ def network(
             mlkit.convert(net, conversion)
     net.to_empty(device="cpu")
     initialise(net, seed)
+    if conversion is None:
+        _pair(net, seed)
     return net
+
+
+@torch.no_grad()
+def _pair(net: nn.Module, seed: int) -> None:
+    """Begin dense tables with the values of FIITED's rows, so that differences are paired."""
+    config = FIITEDConfig(target_density=1.0, seed=seed)
+    tables = Tables([TableSpec(str(n), t.num_embeddings) for n, t in enumerate(net.tables)])
+    for number, table in enumerate(net.tables):
+        rows = torch.arange(tables.num_rows)[tables.rows_of(number)]
+        table.weight.copy_(initial_values(config, tables, rows, table.embedding_dim))
 
 
 def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> Any:

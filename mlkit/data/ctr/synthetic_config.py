@@ -17,7 +17,7 @@ Plant = Literal["frequency", "independent"]
 
 
 def _default_sizes() -> tuple[int, ...]:
-    return tuple(int(size) for size in np.geomspace(200, 20_000, 26).round())
+    return tuple(int(size) for size in np.geomspace(200, 60_000, 26).round())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class SyntheticConfig:
         InvalidValueError: For a value out of range.
     """
 
-    num_samples: int = 320_000
+    num_samples: int = 400_000
     table_sizes: Sequence[int] = field(default_factory=_default_sizes)
     zipf: Sequence[float] = (1.05, 1.2)
-    latent_dim: int = 64
+    latent_dim: int = 32
     min_dim: int = 2
-    latent_mean: float = 0.5
-    plant: Plant = "frequency"
-    num_interacting: int = 3
-    drift_at: Sequence[float] = (0.35,)
+    latent_mean: float = 0.0
+    plant: Plant = "independent"
+    num_interacting: int = 4
+    drift_at: Sequence[float] = (0.375,)
     drift_share: float = 0.1
     renew_share: float = 0.0
     num_dense: int = 4
-    interaction_share: float = 0.7
-    linear_share: float = 0.2
+    interaction_share: float = 0.5
+    linear_share: float = 0.4
     base_rate: float = 0.25
     oracle_auc: float = 0.8
 
