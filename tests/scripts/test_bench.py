@@ -320,7 +320,7 @@ def test_embeddings_rows_cover_steps_options_rounds_and_memory(capsys):
         "utilities in a step": 8,
         "options of a store": 10,
         "pruning round": 11,
-        "training of": 3,
+        "training of": 6,
     }
     counts = {g: sum(row.case.startswith(g) for row in found) for g in groups}
     assert counts == groups
