@@ -15,6 +15,7 @@ from torch import nn
 
 import mlkit
 from mlkit.embeddings import (
+    CAFEEmbeddingBag,
     FIITEDConfig,
     FusedEmbeddingOptimizer,
     RowWiseAdagrad,
@@ -26,7 +27,13 @@ from mlkit.embeddings.fiited.tables import Tables
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.models import initialise
 
-__all__ = ["network", "table_optimizer"]
+__all__ = ["network", "table_optimizers"]
+
+_OPTIMIZERS: dict[str, Any] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
 
 
 def network(
@@ -69,19 +76,17 @@ def _pair(net: nn.Module, seed: int) -> None:
         table.weight.copy_(initial_values(config, tables, rows, table.embedding_dim))
 
 
-def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> Any:
-    """Return the optimizer of a network's tables: fused where the method has its own."""
-    if dynamic_stores(net):
-        return FusedEmbeddingOptimizer(net)
-    parameters = [p for p in net.tables.parameters() if p.requires_grad]
-    lr = settings.lr(method)
-    if settings.optimizer == "rowwise_adagrad":
-        optimizer: torch.optim.Optimizer = RowWiseAdagrad(parameters, lr=lr)
-    elif settings.optimizer == "adagrad":
-        optimizer = torch.optim.Adagrad(parameters, lr=lr)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=lr)
-    for table in net.tables:
-        if hasattr(table, "register_optimizer"):
-            table.register_optimizer(optimizer)
-    return optimizer
+def table_optimizers(
+    net: nn.Module, settings: FIITEDSettings, method: str
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a network's tables: a fused one where the method has its own."""
+    stores = dynamic_stores(net)
+    fused = {id(p) for store in stores for p in store.parameters()}
+    rest = [p for p in net.get_submodule("tables").parameters() if id(p) not in fused]
+    found: list[torch.optim.Optimizer] = [FusedEmbeddingOptimizer(net)] if stores else []
+    if rest:
+        found.append(_OPTIMIZERS[settings.optimizer](rest, lr=settings.lr(method)))
+        for table in net.get_submodule("tables").children():
+            if isinstance(table, CAFEEmbeddingBag):
+                table.register_optimizer(found[-1])
+    return found
