@@ -16,12 +16,6 @@ from torch import nn
 import mlkit
 from mlkit.embeddings import (
     CAFEEmbeddingBag,
-<<<<<<< HEAD
-    FusedEmbeddingOptimizer,
-    RowWiseAdagrad,
-    dynamic_stores,
-)
-=======
     FIITEDConfig,
     FusedEmbeddingOptimizer,
     RowWiseAdagrad,
@@ -30,7 +24,6 @@ from mlkit.embeddings import (
 )
 from mlkit.embeddings.fiited.initial import initial_values
 from mlkit.embeddings.fiited.tables import Tables
->>>>>>> emb-recipe
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.models import initialise
 
@@ -96,8 +89,9 @@ def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> An
 def _pair(net: nn.Module, seed: int) -> None:
     """Begin dense tables with the values of FIITED's rows, so that differences are paired."""
     config = FIITEDConfig(target_density=1.0, seed=seed)
-    tables = Tables([TableSpec(str(n), t.num_embeddings) for n, t in enumerate(net.tables)])
-    for number, table in enumerate(net.tables):
+    stock = [t for t in net.get_submodule("tables").children() if isinstance(t, nn.EmbeddingBag)]
+    tables = Tables([TableSpec(str(n), t.num_embeddings) for n, t in enumerate(stock)])
+    for number, table in enumerate(stock):
         rows = torch.arange(tables.num_rows)[tables.rows_of(number)]
         table.weight.copy_(initial_values(config, tables, rows, table.embedding_dim))
 
@@ -116,4 +110,3 @@ def table_optimizers(
             if isinstance(table, CAFEEmbeddingBag):
                 table.register_optimizer(found[-1])
     return found
->>>>>>> emb-recipe
