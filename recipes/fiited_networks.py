@@ -66,25 +66,6 @@ def network(
     return net
 
 
-<<<<<<< HEAD
-def table_optimizer(net: nn.Module, settings: FIITEDSettings, method: str) -> Any:
-    """Return the optimizer of a network's tables: fused where the method has its own."""
-    if dynamic_stores(net):
-        return FusedEmbeddingOptimizer(net)
-    tables = net.get_submodule("tables")
-    parameters = [p for p in tables.parameters() if p.requires_grad]
-    lr = settings.lr(method)
-    if settings.optimizer == "rowwise_adagrad":
-        optimizer: torch.optim.Optimizer = RowWiseAdagrad(parameters, lr=lr)
-    elif settings.optimizer == "adagrad":
-        optimizer = torch.optim.Adagrad(parameters, lr=lr)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=lr)
-    for table in tables.children():
-        if isinstance(table, CAFEEmbeddingBag):
-            table.register_optimizer(optimizer)
-    return optimizer
-=======
 @torch.no_grad()
 def _pair(net: nn.Module, seed: int) -> None:
     """Begin dense tables with the values of FIITED's rows, so that differences are paired."""
