@@ -26,7 +26,7 @@ from mlkit.models import CTRModule, ctr_quality
 from mlkit.report import Report, RunContext, is_global_zero
 from recipes.fiited_dims import chunk_statistics
 from recipes.fiited_memory import peak_memory
-from recipes.fiited_networks import network, table_optimizer
+from recipes.fiited_networks import network, table_optimizers
 from recipes.fiited_report import report_of
 from recipes.fiited_watch import Watch
 from recipes.fitting import fit, quiet_fits
@@ -109,7 +109,7 @@ class FIITED:
         module = CTRModule(
             net,
             instantiate(self.model["dense_optimizer"]),
-            lambda _: table_optimizer(net, settings, cell.method),
+            lambda _: table_optimizers(net, settings, cell.method),
         )
         watch = Watch(stream, settings.window)
         fit(

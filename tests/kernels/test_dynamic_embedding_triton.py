@@ -408,11 +408,35 @@ class TestBackward:
             assert backward_both(storage, batch, update, device).num_nonfinite
 
     @LOUD
-    def test_norms_that_overflow(self, device):
-        storage = store(utility_bytes=1)
+    @pytest.mark.parametrize("utility_bytes", [1, 4])
+    def test_norms_that_overflow(self, utility_bytes, device):
+        storage = store(utility_bytes=utility_bytes)
         batch = draw(storage)
         batch.grad[:] = 1e30
         backward_both(storage, batch, Update(exponent=-10), device)
+
+    def test_the_ops_by_parts_run_these_kernels(self, device, monkeypatch):
+        from mlkit_kernels.dynamic_embedding import op, triton
+
+        called = []
+        for name in ("reduce_triton", "apply_triton"):
+            run = getattr(triton, name)
+            monkeypatch.setattr(
+                triton, name, lambda *a, run=run, name=name: (called.append(name), run(*a))[1]
+            )
+        storage = store(row_state=True)
+        batch = draw(storage)
+        how = (batch.indices, batch.offsets, batch.bag_size, batch.weights, batch.grad, batch.mode)
+        update = Update("rowwise_adagrad", lr=0.1)
+        want, got = storage.copy(), storage.copy().to(device)
+        sums = reduce_gradients(storage.tables, *how)
+        apply_gradients(*want.written, want.layout, want.chunks, sums, update)
+        there = tuple(on(device, value) for value in how)
+        found = op.reduce(storage.tables, *there, backend="triton")
+        same_gradients(found, sums)
+        op.apply(*got.written, got.layout, got.chunks, found, update, backend="triton")
+        same_storage(got, want)
+        assert called == ["reduce_triton", "apply_triton"]
 
     def test_many_steps_of_adam(self, device):
         storage = store(optimizer="adam")

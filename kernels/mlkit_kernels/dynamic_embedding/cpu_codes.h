@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -15,6 +16,8 @@ inline uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
+constexpr float kLargest = 3.4028234663852886e38f;  // of a utility
+
 struct Codes {
   const float* value = nullptr;  // of each code
   float lowest = 1.0f;           // the value of code 1
@@ -25,8 +28,8 @@ struct Codes {
     float sum[kMost] = {}, uniform[kMost], found[kMost];
     for (int64_t k = 0; k < chunks; ++k) sum[k] = value[code[k]] + gain[k];
     for (int k = 0; k < kMost; ++k) {
-      if (!(sum[k] <= 3.4028234663852886e38f)) sum[k] = 0.0f;  // infinity
-      uniform[k] = static_cast<float>(mix((number + k) ^ seed)) * 0x1p-32f;
+      sum[k] = std::min(sum[k], kLargest);
+      uniform[k] = static_cast<float>(mix((number + k) ^ seed) >> 8) * 0x1p-24f;
       const float ratio = (sum[k] > lowest ? sum[k] : lowest) / lowest;
       found[k] = (sum[k] < lowest ? sum[k] / lowest : 1.0f + 8.0f * log2(ratio)) + uniform[k];
     }

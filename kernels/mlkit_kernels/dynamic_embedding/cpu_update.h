@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -121,7 +122,7 @@ class Rows {
                         static_cast<uint32_t>(row * K), update_.seed);
     } else {
       float* u = reinterpret_cast<float*>(words + layout_.utility);
-      for (int64_t k = 0; k < K; ++k) u[k] += gain[k];
+      for (int64_t k = 0; k < K; ++k) u[k] = std::min(u[k] + gain[k], kLargest);
     }
   }
 

@@ -105,12 +105,6 @@ def _three(states: list[Tensor]) -> list[Tensor | None]:
     return [*states, *[None] * (3 - len(states))]
 
 
-def asas_touched(found: tuple[Any, ...]) -> Touched:
-    """Name the parts of what an op returned."""
-    rows, counts, grads, num_nonfinite = found
-    return Touched(RowGradients(rows, counts, grads), int(num_nonfinite))
-
-
 def as_touched(found: tuple[Any, ...]) -> Touched:
     """Name the parts of what an op returned."""
     rows, counts, grads, num_nonfinite = found
@@ -236,8 +230,9 @@ def run_reduce(
 ) -> RowGradients:
     """`reduce_gradients` on the backend that takes these tensors."""
     mean = _choice("mode", mode, MODES)
-    small = backend == "auto" and grad.dtype == torch.float64  # the reference sums in float64
-    if not small and resolve(backend, grad, 1) == "cpp":
+    wide = backend == "auto" and grad.dtype == torch.float64  # the reference sums in float64
+    chosen = "reference" if wide else resolve(backend, grad, 1)
+    if chosen == "cpp":
         try:
             found = cpp_ops().dynamic_embedding_reduce_cpu.default(
                 tables,
@@ -251,7 +246,9 @@ def run_reduce(
             return RowGradients(*found)
         except RuntimeError as error:
             _explain(error, tables, indices, offsets, bag_size)
-    return reduce_gradients(tables, indices, offsets, bag_size, weights, grad, mode)
+    run = triton_kernels().reduce_triton if chosen == "triton" else reduce_gradients
+    sums: RowGradients = run(tables, indices, offsets, bag_size, weights, grad, mode)
+    return sums
 
 
 def run_apply(
@@ -266,7 +263,8 @@ def run_apply(
 ) -> Touched:
     """`apply_gradients` on the backend that takes these tensors."""
     _check_update(update)
-    if resolve(backend, header, num_chunks, pool, *states) == "cpp":
+    chosen = resolve(backend, header, num_chunks, pool, *states)
+    if chosen == "cpp":
         try:
             return as_touched(
                 cpp_ops().dynamic_embedding_apply_cpu.default(
@@ -284,7 +282,9 @@ def run_apply(
             )
         except RuntimeError as error:
             raise InvalidValueError(_reason(error)) from error
-    return apply_gradients(header, pool, states, layout, num_chunks, gradients, update)
+    run = triton_kernels().apply_triton if chosen == "triton" else apply_gradients
+    found: Touched = run(header, pool, states, layout, num_chunks, gradients, update)
+    return found
 
 
 def run_histogram(

@@ -19,8 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["STEPS_PER_OCTAVE", "HeaderLayout", "decode", "encode", "uniform_bits"]
+__all__ = ["LARGEST", "STEPS_PER_OCTAVE", "HeaderLayout", "decode", "encode", "uniform_bits"]
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of a utility: a finite gradient may have a norm beyond it, and infinities have no order."""
 STEPS_PER_OCTAVE = 8
 """Codes between a utility and its double, where a utility is one byte: 9 % from code to code."""
 
@@ -144,7 +146,8 @@ def encode(
         seed: Changes from step to step.
         exponent: The utility of code 1 is 2^exponent.
     """
-    uniform = uniform_bits(number, seed).float() * 2.0**-32
+    # 24 bits, so that float32 holds the fraction and it is below 1: zero stays zero.
+    uniform = (uniform_bits(number, seed) >> 8).float() * 2.0**-24
     lowest = 2.0**exponent
     code = 1 + STEPS_PER_OCTAVE * torch.log2(utility.clamp_min(lowest) / lowest)
     code = torch.where(utility < lowest, utility / lowest, code)

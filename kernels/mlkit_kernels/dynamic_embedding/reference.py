@@ -21,7 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mlkit.errors import InvalidValueError
-from mlkit_kernels.dynamic_embedding.header import HeaderLayout, decode, encode, uniform_bits
+from mlkit_kernels.dynamic_embedding.header import (
+    LARGEST,
+    HeaderLayout,
+    decode,
+    encode,
+    uniform_bits,
+)
 
 __all__ = [
     "MODES",
@@ -262,10 +268,10 @@ def apply_gradients(
         gain = gain * norm if update.utility != "freq" else gain.expand_as(norm)
         number = rows.unsqueeze(1) * num_chunks + torch.arange(num_chunks, device=rows.device)
         if layout.utility_bytes == 1:
-            value = decode(utility, update.exponent) + gain * update.scale
-            value = encode(value.nan_to_num(0, 0, 0), number, update.seed, update.exponent)
+            value = (decode(utility, update.exponent) + gain * update.scale).clamp_max(LARGEST)
+            value = encode(value, number, update.seed, update.exponent)
         else:
-            value = utility + gain * update.scale
+            value = (utility + gain * update.scale).clamp_max(LARGEST)
         stored[rows] = torch.where(finite.unsqueeze(1), value, utility)
     if update.optimizer != "none":
         _optimize(header, pool, states, layout, slots, rows, chunks, update)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlkit_kernels.dynamic_embedding.header import STEPS_PER_OCTAVE
+from mlkit_kernels.dynamic_embedding.header import LARGEST, STEPS_PER_OCTAVE
 from mlkit_kernels.dynamic_embedding.reference import OPTIMIZERS, UTILITIES
 from mlkit_kernels.dynamic_embedding.triton_header import (
     is_finite,
@@ -21,6 +21,7 @@ from mlkit_kernels.dynamic_embedding.triton_header import (
 
 __all__ = ["reduce_kernel", "update_kernel"]
 
+_LARGEST = tl.constexpr(LARGEST)
 _STEPS = tl.constexpr(STEPS_PER_OCTAVE)
 _NO_OPTIMIZER = tl.constexpr(OPTIMIZERS.index("none"))
 _SGD = tl.constexpr(OPTIMIZERS.index("sgd"))
@@ -120,7 +121,7 @@ def reduce_kernel(
 @triton.jit
 def _encode(utility, number, seed, lowest):
     """`encode`, as int32; `lowest` = 2^exponent, so that to divide by it is exact."""
-    uniform = random_bits(number, seed).to(tl.float32) * (2.0**-32)
+    uniform = (random_bits(number, seed) >> 8).to(tl.float32) * (2.0**-24)
     code = 1.0 + _STEPS * tl.log2(tl.div_rn(tl.maximum(utility, lowest), lowest))
     code = tl.where(utility < lowest, tl.div_rn(utility, lowest), code)
     return tl.minimum(tl.maximum(tl.floor(code + uniform), 0.0), 255.0).to(tl.int32)
@@ -259,13 +260,12 @@ def update_kernel(
             gain = tl.zeros([BLOCK_R, BLOCK_K], tl.float32) + count.to(tl.float32)[:, None]
             if KIND != _FREQ:
                 gain *= tl.sqrt_rn(squares)
-        utility += gain * scale
+        utility = tl.minimum(utility + gain * scale, _LARGEST)
         earns = inside & (bad == 0)[:, None]
         if BYTES == 4:
             place = header + start + UTILITY + k
             tl.store(place, utility.to(tl.int32, bitcast=True), mask=earns)
         else:
-            utility = tl.where(is_finite(utility), utility, 0.0)
             code = _encode(utility, row[:, None] * CHUNKS + k, seed, lowest)
             place = header_bytes + (start + UTILITY) * 4 + k
             tl.store(place, code.to(tl.uint8), mask=earns)

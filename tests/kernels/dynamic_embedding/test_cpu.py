@@ -202,6 +202,18 @@ def test_large_finite_gradients_are_finite():
     assert kernels.backward(*storage.written, *batch.written, update).num_nonfinite == 0
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("utility_bytes", [4, 1])
+def test_norms_that_overflow_leave_the_largest_utility(utility_bytes, backend):
+    storage = make_storage(rows=(4,), utility_bytes=utility_bytes, optimizer="none", width=4)
+    batch = make_batch(storage, batch=1, bags=1)
+    batch.grad.fill_(1e30)
+    for _ in range(2):
+        kernels.backward(*storage.written, *batch.written, updates("none"), backend=backend)
+    found = storage.layout.utilities(storage.header, 4)[batch.indices]
+    assert bool((found == (255 if utility_bytes == 1 else torch.finfo(torch.float32).max)).all())
+
+
 @pytest.mark.parametrize("wrong", [-1, 11])
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_index_out_of_range_names_table_and_index_and_writes_nothing(backend, wrong):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from mlkit_kernels import dynamic_embedding as kernels
-from mlkit_kernels.dynamic_embedding.header import decode, encode
+from mlkit_kernels.dynamic_embedding.header import decode, encode, uniform_bits
 from mlkit_kernels.dynamic_embedding.reference import reduce_gradients
 from tests.kernels.dynamic_embedding.cases import Batch, Storage, make_batch, make_storage, updates
 
@@ -139,6 +139,17 @@ def test_stochastic_rounding_of_bfloat16_is_right_on_average():
     assert values.tolist() == [1.0 - 2.0**-8, 1.0]
     share = 0.1 * 2.0**-6 / 2.0**-8
     assert abs(float(counts[0] / counts.sum()) - share) < 0.02  # 12800 draws: sd 0.0043
+
+
+def test_zero_has_code_zero_whatever_the_random_number():
+    """Draws with all of their 24 high bits set: the fraction must stay below 1 in float32."""
+    number = torch.arange(1 << 24)
+    block = 1 << 20
+    highest = torch.cat([n[uniform_bits(n, 7) >= 0xFFFFFF00] for n in number.split(block)])
+    assert len(highest) > 0
+    found = encode(torch.zeros(len(highest), 1), highest.unsqueeze(1), 7, -20)
+    assert not found.any()
+    assert int(encode(torch.tensor([[3e38]]), number[:1].unsqueeze(1), 7, -20)) == 255
 
 
 def test_codes_of_utilities():
