@@ -49,8 +49,8 @@ def report_of(
                 report.metric(f"{measure}/{name}", mean(units, measure))
         if isinstance(stream, SyntheticCTR) and units[0].get("coverage"):
             _recovery(report, name, units, stream, settings)
-    for method, peak in peaks.items():
-        report.metric(f"peak_rss_bytes/{method}", float(peak))
+    for method in settings.methods:
+        report.metric(f"peak_rss_bytes/{method}", float(peaks[method]))
     _table(report, rows, peaks, settings)
     for fraction in settings.fractions:
         _verdict(report, rows, fraction)
