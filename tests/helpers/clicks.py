@@ -66,30 +66,28 @@ def write_avazu(root: Path, num: int = 400) -> Path:
     return path
 
 
-def write_movielens100k(root: Path, num: int = 400) -> None:
-    """Write the three files of MovieLens-100k as RecBole has them: 20 users and 30 films."""
+def write_movielens100k(root: Path, num: int = 1500) -> None:
+    """Write the three files of MovieLens-100k as RecBole has them: 150 users and 200 films."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     ratings = [
-        f"{rng.integers(20)}\t{rng.integers(30)}\t{rng.integers(1, 6)}\t{time}"
+        f"{rng.integers(150)}\t{rng.integers(200)}\t{rng.integers(1, 6)}\t{time}"
         for time in range(num)
     ]
-    users = [f"{i}\t{18 + i}\t{'MF'[i % 2]}\twriter\t{10_000 + i}" for i in range(20)]
-    films = [f"{i}\tFilm {i}\t{1960 + i}\tDrama" for i in range(30)]
-    for name, head, rows in (
-        ("inter", "user_id:token\titem_id:token\trating:float\ttimestamp:float", ratings),
-        ("user", "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token", users),
-        (
-            "item",
-            "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq",
-            films,
-        ),
-    ):
-        (root / f"ml-100k.{name}").write_text("\n".join([head, *rows]) + "\n")
+    users = [f"{i}\t{18 + i % 60}\t{'MF'[i % 2]}\twriter\t{10_000 + i}" for i in range(150)]
+    films = [f"{i}\tFilm {i}\t{1960 + i % 40}\tDrama" for i in range(200)]
+    files = {
+        "inter": ("user_id:token item_id:token rating:float timestamp:float", ratings),
+        "user": ("user_id:token age:token gender:token occupation:token zip_code:token", users),
+        "item": ("item_id:token movie_title:token_seq release_year:token class:token_seq", films),
+    }
+    for name, (head, rows) in files.items():
+        lines = [head.replace(" ", "\t"), *rows]
+        (root / f"ml-100k.{name}").write_text("\n".join(lines) + "\n")
 
 
 def write_obd(root: Path, num: int = 400) -> None:
-    """Write the Open Bandit sample: the log of `random/all`, of five items; the others are empty."""
+    """Write the Open Bandit sample: the log of `random/all`, of five items; others are empty."""
     rng = np.random.default_rng(0)
     for product in ENTRIES["obd"].produces:
         (root / product).parent.mkdir(parents=True, exist_ok=True)

@@ -196,12 +196,17 @@ CLICKS: dict[str, Callable[[Path], None]] = {
 LOGS: dict[str, Callable[[Path], Path]] = {"criteo": write_criteo, "avazu": write_avazu}
 """Likewise, for clicks in a file of the user's."""
 
+SHORTER = {"ctr_synthetic": ["data.stream.num_samples=20000"]}
+"""What makes less of data that are generated."""
+
 
 def fixture_overrides(name: str, root: Path) -> list[str]:
     """Write the fixture of a data configuration below `root`; return the overrides that use it.
 
     Sets that ship with a dependency need none.
     """
+    if name in SHORTER:
+        return SHORTER[name]
     if name in CLICKS:
         CLICKS[name](root)
         return [f"data.root='{root}'"]
