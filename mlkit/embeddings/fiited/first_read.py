@@ -2,12 +2,13 @@
 
 A row gets storage after the step that read it first. Until then a lookup would find zeros, and
 training would begin as if all tables were zero; so, as long as there is room for new rows, those
-that were never touched read as what they will begin with. A table with room for every row that is
-read trains exactly as a dense one (our decision; `first_read="zeros"` leaves it out).
+that no earlier step touched read as what they will begin with. A table with room for every row that
+is read trains exactly as a dense one (our decision; `first_read="zeros"` leaves it out).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,7 @@ def has_first_reads(store: DynamicEmbeddingStore) -> bool:
 def add_first_reads(
     store: DynamicEmbeddingStore,
     out: Tensor,
-    tables: Tensor,
+    numbers: Sequence[int],
     indices: Tensor,
     offsets: Tensor | None,
     bag_size: int,
@@ -47,13 +48,14 @@ def add_first_reads(
     Args:
         store: Where the rows are.
         out: What the kernel returned, [batch, tables * D].
-        tables: Of the call, as the kernels take them.
+        numbers: Of the tables that are read.
         indices: As in the lookup, and so on.
         offsets: See the kernels.
         bag_size: See the kernels.
         weights: See the kernels.
         mode: "sum" or "mean".
     """
+    tables = store.tables.metadata(tuple(numbers))
     per_row, device = store.config.num_chunks, indices.device
     first, _, padding = tables.to(device).unbind(1)
     table = table_of(len(indices), len(tables), offsets, device)
@@ -61,6 +63,9 @@ def add_first_reads(
     rows = first[table] + indices
     header = store.header[rows]
     new = counted & (store.layout.utilities(header, per_row) == 0).all(1)
+    waiting = store.waiting(numbers)
+    if waiting is not None:  # rows that a backward pass of this step has met already
+        new |= counted & torch.isin(rows, waiting)
     new &= (store.layout.slots(store.layout.addresses(header, per_row), per_row) < 0).all(1)
     if store.tables.spare_rows:
         spare = torch.tensor(store.tables.spare_rows, device=device)

@@ -78,7 +78,7 @@ def _forward(
         check_offsets(names, offsets, len(indices))
         raise
     if store.training and has_first_reads(store):
-        out = add_first_reads(store, out, metadata, indices, offsets, bag_size, weights, mode)
+        out = add_first_reads(store, out, tables, indices, offsets, bag_size, weights, mode)
     return out
 
 

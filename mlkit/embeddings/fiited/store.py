@@ -560,7 +560,7 @@ class DynamicEmbeddingStore(nn.Module):
             metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
         update, group = self.update(), self.group()
         fused = self.config.optimizer is not None
-        waiting = self._waiting(tables) if fused else None
+        waiting = self.waiting(tables) if fused else None
         local = None
         is_plain = self.grad_scale == 1 and not scale_grad_by_freq
         if fused and group is None and waiting is None and is_plain:
@@ -590,7 +590,7 @@ class DynamicEmbeddingStore(nn.Module):
             self._pending.append((tables, new))
         return None if fused or local is None else self._pool_gradient(local, sparse)
 
-    def _waiting(self, tables: Sequence[int]) -> Tensor | None:
+    def waiting(self, tables: Sequence[int]) -> Tensor | None:
         """Return rows of these tables that an earlier backward pass of this step found new."""
         found = [p.rows for t, p in self._pending if not set(t).isdisjoint(tables)]
         return torch.cat(found) if found else None

@@ -62,6 +62,21 @@ def test_with_room_for_all_that_is_read_training_equals_dense_tables(optimizer, 
     torch.testing.assert_close(store.read(rows), trained[rows], rtol=1e-5, atol=1e-6)
 
 
+def test_all_passes_of_a_step_read_the_same():
+    """Gradients of several batches add up before a step: a row is as new in the last of them."""
+    store, _ = store_and_dense()
+    ids = torch.tensor([1, 2, 30])
+    outs = []
+    for _ in range(3):
+        outs.append(lookup(store, ids, tables=[0]))
+        outs[-1].sum().backward()
+    assert outs[0].abs().sum() > 0
+    assert torch.equal(outs[1], outs[0])
+    assert torch.equal(outs[2], outs[0])
+    store.step()
+    assert torch.equal(lookup(store, ids, tables=[0]), outs[0])
+
+
 def test_offsets_weights_and_all_tables_at_once():
     store, dense = store_and_dense(optimizer="sgd")
     ids = torch.tensor([1, PADDING, 2, 2, 7, 1, 1, 9])
