@@ -94,6 +94,16 @@ def test_rounds_are_watched_through_the_drift(finished):
     assert finished.metrics["all_or_nothing/adaembed/0.5"] == 1
 
 
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Peak memory has its own test, and the smoke run: here it would only take time."""
+    monkeypatch.setattr(
+        "recipes.fiited.peak_memory",
+        lambda model, sizes, settings, *_: dict.fromkeys(settings["methods"], 1),
+    )
+
+
+@pytest.mark.usefixtures("no_processes")
 def test_a_run_goes_on_where_it_stopped_with_the_same_numbers(tmp_path):
     one = run_here(tmp_path / "a", *SHORT)
     units = one.directory / "units"
@@ -113,6 +123,7 @@ def test_a_run_goes_on_where_it_stopped_with_the_same_numbers(tmp_path):
     assert same(again.metrics) == same(before)
 
 
+@pytest.mark.usefixtures("no_processes")
 @pytest.mark.parametrize("data", ["avazu", "obd"])
 def test_other_clicks(data, tmp_path):
     own = fixture_overrides(data, tmp_path / "data")
@@ -219,13 +230,12 @@ def peak(rows, methods, **more):
 
 
 def test_training_never_holds_the_dense_tables():
-    dense = 2 * dense_bytes(800_000, 64, "rowwise_adagrad")  # 0.4 GB
-    small = peak(1000, ["dense", "fiited", "hashing"])
-    large = peak(800_000, ["dense", "fiited", "hashing"])
+    dense = 2 * dense_bytes(400_000, 64, "rowwise_adagrad")  # 0.2 GB
+    small = peak(1000, ["dense", "fiited"])
+    large = peak(400_000, ["dense", "fiited"])
     grown = {method: large[method] - small[method] for method in large}
     assert grown["dense"] > 0.95 * dense, "the measure sees tables"
-    for method in ("fiited", "hashing"):
-        assert 0.08 * dense < grown[method] < 0.25 * dense, method
+    assert 0.08 * dense < grown["fiited"] < 0.25 * dense, grown
 
 
 def test_a_failure_in_the_process_that_is_measured_is_told():
