@@ -78,7 +78,7 @@ def recovery_rounds(
         before the next drift (or the end); one that did not counts the rounds that there were.
     """
     found, all_back = [], True
-    ends = [*drifts[1:], float("inf")]
+    ends = [*drifts, float("inf")][1:]
     for drift, end in zip(drifts, ends, strict=True):
         before = [share for step, share in coverage if step <= drift]
         after = [share for step, share in coverage if drift < step <= end]
