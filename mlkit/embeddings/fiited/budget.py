@@ -179,7 +179,8 @@ def plan(
             f"memory_budget {config.memory_budget!r} is {budget} bytes, but the headers of "
             f"{num_rows} rows and a chunk of each table take {least.total_bytes} bytes "
             f"({least.total_bytes / whole.dense_bytes:.1%} of the dense tables): give at least "
-            "that, fewer chunks (num_chunks), one-byte utilities (utility_dtype='uint8'), or min_rows"
+            "that, fewer chunks (num_chunks), one-byte utilities (utility_dtype='uint8'), or "
+            "min_rows"
         )
     if whole.total_bytes <= budget:
         return whole
