@@ -30,6 +30,7 @@ from mlkit.embeddings.fiited.placement import Placement
 from mlkit.embeddings.fiited.round import Round, RoundStats
 from mlkit.embeddings.fiited.tables import Tables, TableSpec
 from mlkit.embeddings.fiited.unseen import collect_unseen, evict_ids, insert_unseen
+from mlkit.embeddings.fiited.warm_start import seed_utilities
 from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _LARGEST_SCALE = 1e12
 _FILL_BLOCK = 1 << 16
-_CLOCK = 7  # numbers of a store's extra state before what must match
+_CLOCK = 8  # numbers of a store's extra state before what must match
 _MATCHING = ("layout", "optimizer", "utility_dtype", "id_map")
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
 
@@ -84,6 +85,8 @@ class DynamicEmbeddingStore(nn.Module):
         num_dropped: Times that an exact id map had no row for a new id; counted once in each step.
         grad_scale: What the loss was multiplied by, set by you before each backward pass where a
             `GradScaler` is at work, so that utilities do not change their unit with it.
+        is_warm: Whether dense weights were written since the last round, whose chunks have earned
+            nothing yet.
         rounds: Statistics of the rounds so far, the last 1000.
 
     Raises:
@@ -193,6 +196,8 @@ class DynamicEmbeddingStore(nn.Module):
         self.unseen: list[Tensor] = []
         self._optimizers: list[tuple[torch.optim.Optimizer, Any]] = []
         self._has_warned = False
+        self._seen: tuple[int, int] | None = None  # step and version of the pool, last backward
+        self.is_warm = False
         self._placement: Placement | None = None
         self._saved_free: Tensor | None = None
         self._extra: weakref.ref[Tensor] | None = None
@@ -514,6 +519,7 @@ class DynamicEmbeddingStore(nn.Module):
         longer = norm > max_norm
         scale = max_norm / (norm[longer] + 1e-7)
         self.write(rows[longer], values[longer] * scale.unsqueeze(1))
+        self._seen = None
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of everything that is held now, headers included."""
@@ -611,6 +617,9 @@ class DynamicEmbeddingStore(nn.Module):
                     self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
         new = self._without_spare(touched.new)
+        if not fused:
+            new = new._replace(grads=new.grads[:, :0].clone())  # the optimizer has them
+            self._warn_without_steps()
         if len(new.rows):
             self._pending.append((tables, new))
         return None if fused or local is None else self._pool_gradient(local, sparse)
@@ -692,6 +701,20 @@ class DynamicEmbeddingStore(nn.Module):
             return self.prune_now()
         return None
 
+    def _warn_without_steps(self) -> None:
+        """Say once that the pool was trained between two backward passes, and no step ended."""
+        now = (self.steps, self.pool._version)
+        before, self._seen = self._seen, now
+        if before is None or before[0] != now[0] or before[1] == now[1] or self._has_warned:
+            return
+        if not self.is_whole:
+            self._has_warned = True
+            logger.warning(
+                "%s was trained without store.step(): new rows get no storage and no round runs; "
+                "call store.register_optimizer(optimizer), or use the callback EmbeddingBudget",
+                self.tables.specs[0].name,
+            )
+
     def _warn_unregistered(self) -> None:
         if self.config.optimizer is None and not self._optimizers and not self._has_warned:
             self._has_warned = True
@@ -749,6 +772,9 @@ class DynamicEmbeddingStore(nn.Module):
                 "use a fused optimizer, FIITEDConfig(optimizer=...)"
             )
         self.target = target
+        if self.is_warm:
+            seed_utilities(self)
+            self.is_warm = False
         stats = Round(self).run(force=force or lowered)
         if self.exact_ids is not None:
             evict_ids(self)
@@ -843,7 +869,7 @@ class DynamicEmbeddingStore(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return clock, counters and free lists, as a tensor for every kind of checkpoint."""
         counts = [self.steps, self.num_nonfinite, self.plan.num_chunks, self.num_dropped]
-        values = [*counts, self._log_scale, self._exponent, float(self._lr)]
+        values = [*counts, self._log_scale, self._exponent, float(self._lr), float(self.is_warm)]
         clock = torch.tensor([*values, *self._structure().values()], dtype=torch.float64)
         free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
         found = torch.cat([clock, self.dropped.double(), free])
@@ -856,7 +882,8 @@ class DynamicEmbeddingStore(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""
-        steps, nonfinite, _, num_dropped, log_scale, exponent, lr = state[:_CLOCK].tolist()
+        steps, nonfinite, _, num_dropped, log_scale, exponent, lr, warm = state[:_CLOCK].tolist()
+        self.is_warm = bool(warm)
         self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
         self.num_nonfinite, self.num_dropped = int(nonfinite), int(num_dropped)
         self._lr.fill_(lr)
