@@ -100,6 +100,7 @@ def plan(
     *,
     element_size: int = 4,
     padding_rows: int = 0,
+    num_tables: int = 1,
     chunks: int | None = None,
 ) -> Plan:
     """Lay out the storage of tables of one dimension.
@@ -110,11 +111,12 @@ def plan(
         dim: D.
         element_size: Bytes of a weight.
         padding_rows: Rows that never get storage.
+        num_tables: Of them; each must have room for a chunk.
         chunks: Resident chunks, instead of the config's budget or density.
 
     Raises:
-        InvalidValueError: If the budget does not hold the headers and a chunk, or K does not divide
-            D.
+        InvalidValueError: If the budget does not hold the headers and a chunk of each table, or K
+            does not divide D.
     """
     per_row = config.num_chunks
     if dim % per_row:
@@ -158,30 +160,31 @@ def plan(
 
     if chunks is not None:
         return lay_out(min(chunks, most))
-    target = config.target_density
+    target, fewest = config.target_density, max(min(num_tables, most), 1)
     if target is not None:
         chunks = min(math.floor(target * num_rows * per_row + 1e-9), most)
-        if chunks < 1:
+        if chunks < fewest:
             raise InvalidValueError(
-                f"target_density {target} leaves no chunk of {num_rows * per_row}; the least is "
-                f"{1 / (num_rows * per_row):.3g}"
+                f"target_density {target} leaves {chunks} of {num_rows * per_row} chunks to "
+                f"{num_tables} tables; the least is {num_tables / (num_rows * per_row):.3g}, "
+                "a chunk of each"
             )
         return lay_out(chunks)
     assert config.memory_budget is not None
     whole = lay_out(most)
     budget = parse_budget(config.memory_budget, whole.dense_bytes)
-    least = lay_out(1)
+    least = lay_out(fewest)
     if least.total_bytes > budget:
         raise InvalidValueError(
             f"memory_budget {config.memory_budget!r} is {budget} bytes, but the headers of "
-            f"{num_rows} rows and one chunk take {least.total_bytes} bytes "
+            f"{num_rows} rows and a chunk of each table take {least.total_bytes} bytes "
             f"({least.total_bytes / whole.dense_bytes:.1%} of the dense tables): give at least "
             "that, fewer chunks (num_chunks), one-byte utilities (utility_dtype='uint8'), or "
             "min_rows"
         )
     if whole.total_bytes <= budget:
         return whole
-    low, high = 1, most  # low fits
+    low, high = fewest, most  # low fits
     while high - low > 1:
         middle = (low + high) // 2
         if lay_out(middle).total_bytes <= budget:

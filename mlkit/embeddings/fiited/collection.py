@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlkit.embeddings.fiited.config import FIITEDConfig
-from mlkit.embeddings.fiited.converter import split_budget
+from mlkit.embeddings.fiited.converter import StoreSize, split_budget
 from mlkit.embeddings.fiited.dense import dense_weight
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.module import resolve_config
@@ -136,7 +136,10 @@ class DynamicEmbeddingBagCollection(nn.Module):
         names = [table.name for table in self.tables]
         if not names or len(set(names)) < len(names):
             raise InvalidValueError(f"tables must be some, with names of their own, got {names}")
-        sizes = [([t.num_embeddings for t in group], dim) for dim, group in groups.items()]
+        size = (dtype or torch.get_default_dtype()).itemsize
+        sizes = [
+            StoreSize([t.num_embeddings for t in group], dim, size) for dim, group in groups.items()
+        ]
         stores = []
         for (dim, group), own in zip(groups.items(), split_budget(config, sizes), strict=True):
             specs = [TableSpec(t.name, t.num_embeddings) for t in group]

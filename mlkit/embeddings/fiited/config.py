@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from mlkit.errors import InvalidTypeError, InvalidValueError, nearest
 
-__all__ = ["FIITEDConfig"]
+__all__ = ["CHOICES", "FIITEDConfig"]
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": ("geometric", "fixed"),
     "utility": ("freq_grad", "freq", "grad", "l2"),
     "utility_dtype": ("float32", "uint8"),
@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "first_read": ("init", "zeros"),
     "warm_start": (None, "magnitude"),
 }
+"""Fields that take one of some values."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class FIITEDConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 hint = nearest(str(value), [str(a) for a in allowed])

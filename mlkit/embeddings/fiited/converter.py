@@ -21,7 +21,7 @@ from mlkit.embeddings.fiited.tables import TableSpec
 from mlkit.embeddings.memory import dense_bytes, parse_budget
 from mlkit.errors import InvalidValueError
 
-__all__ = ["FIITEDConverter", "split_budget"]
+__all__ = ["FIITEDConverter", "StoreSize", "split_budget"]
 
 _CLASSES: dict[type[nn.Module], type[DynamicTable]] = {
     nn.Embedding: DynamicEmbedding,
@@ -38,6 +38,14 @@ class _Kind(NamedTuple):
     device: torch.device
     sparse: bool
     learns: bool
+
+
+class StoreSize(NamedTuple):
+    """What a store holds: the rows of its tables, their dimension, the bytes of a weight."""
+
+    tables: Sequence[int]
+    dim: int
+    element_size: int
 
 
 class FIITEDConverter:
@@ -80,7 +88,9 @@ class FIITEDConverter:
             assert isinstance(site, _Stock)
             groups.setdefault(_kind(site), {})[name] = site
         sizes = [
-            ([site.num_embeddings for site in sites.values()], kind.dim)
+            StoreSize(
+                [site.num_embeddings for site in sites.values()], kind.dim, kind.dtype.itemsize
+            )
             for kind, sites in groups.items()
         ]
         new: dict[str, nn.Module] = {}
@@ -124,34 +134,36 @@ class FIITEDConverter:
         assert self._config is not None
         optimizer = self._config.optimizer or self._config.unfused_optimizer
         rows, dim = site.num_embeddings, site.embedding_dim
-        return Cost(rows * dim, dense_bytes(rows, dim, optimizer), dim)
+        size = site.weight.element_size()
+        return Cost(rows * dim, dense_bytes(rows, dim, optimizer, size), dim)
 
 
-def split_budget(
-    config: FIITEDConfig, stores: Sequence[tuple[Sequence[int], int]]
-) -> list[FIITEDConfig]:
+def split_budget(config: FIITEDConfig, stores: Sequence[StoreSize]) -> list[FIITEDConfig]:
     """Divide a budget over stores: their headers first, the rest by the bytes of the dense tables.
 
     A density holds for each of them as it is.
 
     Args:
         config: Its budget is for all of them.
-        stores: The rows of the tables of each, and their dimension.
+        stores: What each of them holds.
 
     Raises:
-        InvalidValueError: If the budget does not hold the headers and a chunk of each store.
+        InvalidValueError: If the budget does not hold the headers and a chunk of each table.
     """
     if config.memory_budget is None or len(stores) == 1:
         return [config] * len(stores)
     spare = config.id_map == "exact"
-    rows = [sum(tables) + spare * len(tables) for tables, _ in stores]
-    least = [plan(config, n, dim, chunks=1) for n, (_, dim) in zip(rows, stores, strict=True)]
+    rows = [sum(s.tables) + spare * len(s.tables) for s in stores]
+    least = [
+        plan(config, n, s.dim, element_size=s.element_size, chunks=len(s.tables))
+        for n, s in zip(rows, stores, strict=True)
+    ]
     dense = sum(p.dense_bytes for p in least)
     budget, fixed = parse_budget(config.memory_budget, dense), sum(p.total_bytes for p in least)
     if budget < fixed:
         raise InvalidValueError(
             f"memory_budget {config.memory_budget!r} is {budget} bytes, but the headers of "
-            f"{sum(rows)} rows and one chunk of each dimension take {fixed} bytes "
+            f"{sum(rows)} rows and a chunk of each table take {fixed} bytes "
             f"({fixed / dense:.1%} of the dense tables): give at least that, fewer chunks "
             "(num_chunks), one-byte utilities (utility_dtype='uint8'), or min_rows"
         )

@@ -60,6 +60,7 @@ def write_dense(
                 f"a dense weight does not fit into table {spec.name!r} at density {density:.3g}: "
                 "FIITEDConfig(warm_start='magnitude') keeps the chunks with the largest norm"
             )
+        store.is_warm = True
         masks = _largest(store, table, weight)
         for part in rows.split(_BLOCK):
             store.placement.set_masks(part, torch.zeros_like(part))

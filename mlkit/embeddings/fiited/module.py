@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mlkit.embeddings.fiited.budget import plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.dense import dense_weight, write_dense
 from mlkit.embeddings.fiited.lookup import lookup
@@ -60,13 +59,7 @@ def resize_store(
         ramp=None,
         ramp_from=None,
     )
-    new = plan(
-        config,
-        store.tables.num_rows,
-        store.embedding_dim,
-        padding_rows=len(store.tables.empty_rows),
-    )
-    store.resize(new.num_chunks)
+    store.rebudget(config)
 
 
 class DynamicTable(nn.Module):

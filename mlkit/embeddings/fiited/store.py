@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mlkit.embeddings.fiited.budget import Plan, plan
-from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.config import CHOICES, FIITEDConfig
 from mlkit.embeddings.fiited.distributed import gather_gradients, resolve_group
 from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, table_of
 from mlkit.embeddings.fiited.initial import initial_values
@@ -30,6 +30,7 @@ from mlkit.embeddings.fiited.placement import Placement
 from mlkit.embeddings.fiited.round import Round, RoundStats
 from mlkit.embeddings.fiited.tables import Tables, TableSpec
 from mlkit.embeddings.fiited.unseen import collect_unseen, evict_ids, insert_unseen
+from mlkit.embeddings.fiited.warm_start import seed_utilities
 from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
@@ -40,9 +41,11 @@ __all__ = ["DynamicEmbeddingStore", "store_of"]
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _LARGEST_SCALE = 1e12
 _FILL_BLOCK = 1 << 16
-_CLOCK = 7  # numbers of a store's extra state before the free lists
+_CLOCK = 8  # numbers of a store's extra state before what must match
+_MATCHING = ("layout", "optimizer", "utility_dtype", "id_map")
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
 
 _handles = itertools.count(1)
@@ -82,6 +85,8 @@ class DynamicEmbeddingStore(nn.Module):
         num_dropped: Times that an exact id map had no row for a new id; counted once in each step.
         grad_scale: What the loss was multiplied by, set by you before each backward pass where a
             `GradScaler` is at work, so that utilities do not change their unit with it.
+        is_warm: Whether dense weights were written since the last round, whose chunks have earned
+            nothing yet.
         rounds: Statistics of the rounds so far, the last 1000.
 
     Raises:
@@ -105,17 +110,17 @@ class DynamicEmbeddingStore(nn.Module):
     ) -> None:
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        if dtype not in _DTYPES:
             raise InvalidTypeError(f"dtype must be float32, bfloat16 or float64, got {dtype}")
         self.tables = Tables(tables, spare=config.id_map == "exact")
         self.embedding_dim = embedding_dim
         self.config = config
         self.sparse = sparse
-        self.plan = self._plan(None)
+        self.plan = self._plan(None, dtype)
         self.budget = self.target = self.plan.num_chunks
         if config.ramp is not None:
             self.target = self.ramp_target(0)
-            self.plan = self._plan(self.target)
+            self.plan = self._plan(self.target, dtype)
         self.layout = self._layout(self.plan)
         slots, width = self.plan.num_slots, embedding_dim // config.num_chunks
         factory: dict[str, Any] = {"device": device}
@@ -128,7 +133,7 @@ class DynamicEmbeddingStore(nn.Module):
         pool = torch.empty(slots, width, dtype=dtype, **factory)
         self.pool = nn.Parameter(pool, requires_grad=config.optimizer is None)
         for name, shape in self._state_shapes(slots, width).items():
-            self.register_buffer(name, torch.empty(shape, **factory))
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float32, **factory))
         if config.optimizer is not None:
             # What the graph hangs on where the pool has no gradient; it stays zero.
             self.anchor = nn.Parameter(torch.zeros(1, **factory))
@@ -146,13 +151,19 @@ class DynamicEmbeddingStore(nn.Module):
 
     # ------------------------------------------------------------------ structure
 
-    def _plan(self, chunks: int | None) -> Plan:
+    def _plan(
+        self,
+        chunks: int | None,
+        dtype: torch.dtype | None = None,
+        config: FIITEDConfig | None = None,
+    ) -> Plan:
         return plan(
-            self.config,
+            config or self.config,
             self.tables.num_rows,
             self.embedding_dim,
-            element_size=4,
+            element_size=(dtype or self.pool.dtype).itemsize,
             padding_rows=len(self.tables.empty_rows),
+            num_tables=len(self.tables.specs),
             chunks=chunks,
         )
 
@@ -185,6 +196,8 @@ class DynamicEmbeddingStore(nn.Module):
         self.unseen: list[Tensor] = []
         self._optimizers: list[tuple[torch.optim.Optimizer, Any]] = []
         self._has_warned = False
+        self._seen: tuple[int, int] | None = None  # step and version of the pool, last backward
+        self.is_warm = False
         self._placement: Placement | None = None
         self._saved_free: Tensor | None = None
         self._extra: weakref.ref[Tensor] | None = None
@@ -381,10 +394,27 @@ class DynamicEmbeddingStore(nn.Module):
         self._register()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = fn(self.pool.detach()[:0]).dtype
+        if dtype not in _DTYPES:
+            raise InvalidTypeError(
+                f"the pool of {self.tables.specs[0].name} must be float32, bfloat16 or float64, "
+                f"not {dtype}: convert the other modules alone, or use bfloat16"
+            )
         if self._placement is not None and not self.header.is_meta:
             self._saved_free = self._placement.free()
         self._placement = None  # it holds the header that is replaced now
-        return super()._apply(fn, recurse)
+        states = {id(state) for state in self.states}
+
+        def keep_states(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            keeps = id(tensor) in states and found.dtype != tensor.dtype
+            return tensor.to(found.device) if keeps else found
+
+        before = self.pool.dtype
+        super()._apply(keep_states, recurse)
+        if dtype != before:
+            self.plan = self._plan(self.plan.num_chunks)
+        return self
 
     # -------------------------------------------------------------------- values
 
@@ -489,6 +519,7 @@ class DynamicEmbeddingStore(nn.Module):
         longer = norm > max_norm
         scale = max_norm / (norm[longer] + 1e-7)
         self.write(rows[longer], values[longer] * scale.unsqueeze(1))
+        self._seen = None
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of everything that is held now, headers included."""
@@ -586,6 +617,9 @@ class DynamicEmbeddingStore(nn.Module):
                     self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
         new = self._without_spare(touched.new)
+        if not fused:
+            new = new._replace(grads=new.grads[:, :0].clone())  # the optimizer has them
+            self._warn_without_steps()
         if len(new.rows):
             self._pending.append((tables, new))
         return None if fused or local is None else self._pool_gradient(local, sparse)
@@ -667,6 +701,20 @@ class DynamicEmbeddingStore(nn.Module):
             return self.prune_now()
         return None
 
+    def _warn_without_steps(self) -> None:
+        """Say once that the pool was trained between two backward passes, and no step ended."""
+        now = (self.steps, self.pool._version)
+        before, self._seen = self._seen, now
+        if before is None or before[0] != now[0] or before[1] == now[1] or self._has_warned:
+            return
+        if not self.is_whole:
+            self._has_warned = True
+            logger.warning(
+                "%s was trained without store.step(): new rows get no storage and no round runs; "
+                "call store.register_optimizer(optimizer), or use the callback EmbeddingBudget",
+                self.tables.specs[0].name,
+            )
+
     def _warn_unregistered(self) -> None:
         if self.config.optimizer is None and not self._optimizers and not self._has_warned:
             self._has_warned = True
@@ -724,6 +772,9 @@ class DynamicEmbeddingStore(nn.Module):
                 "use a fused optimizer, FIITEDConfig(optimizer=...)"
             )
         self.target = target
+        if self.is_warm:
+            seed_utilities(self)
+            self.is_warm = False
         stats = Round(self).run(force=force or lowered)
         if self.exact_ids is not None:
             evict_ids(self)
@@ -760,12 +811,13 @@ class DynamicEmbeddingStore(nn.Module):
         with an unfused optimizer must be wrapped again, as the pool's shape changes.
 
         Raises:
-            InvalidValueError: For no chunk, or more than there are.
+            InvalidValueError: For less than a chunk of each table, or more than there are.
         """
-        if not 1 <= chunks <= self._most:
+        least = min(len(self.tables.specs), self._most)
+        if not least <= chunks <= self._most:
             raise InvalidValueError(
-                f"{self.tables.specs[0].name}: the number of chunks must be in 1..{self._most}, "
-                f"got {chunks}"
+                f"{self.tables.specs[0].name}: the number of chunks must be in "
+                f"{least}..{self._most}, got {chunks}"
             )
         self.budget, self.config = chunks, replace(self.config, ramp=None, ramp_from=None)
         self.target = chunks
@@ -798,11 +850,15 @@ class DynamicEmbeddingStore(nn.Module):
         self.pool.data, self.pool.grad = made[0], None
         self.plan, self._placement = new, None
 
+    def rebudget(self, config: FIITEDConfig) -> None:
+        """`resize` to what the budget or density of another config leaves."""
+        self.resize(self._plan(None, config=config).num_chunks)
+
     def retarget(self, density: float) -> None:
         """`resize` to a density of all chunks, in (0, 1]."""
         if not 0 < density <= 1:
             raise InvalidValueError(f"target_density must be in (0, 1], got {density}")
-        self.resize(max(1, min(round(density * self.num_chunks), self._most)))
+        self.resize(max(len(self.tables.specs), min(round(density * self.num_chunks), self._most)))
 
     def group(self) -> Any:
         """Return the process group whose ranks must decide alike, or None."""
@@ -813,8 +869,8 @@ class DynamicEmbeddingStore(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return clock, counters and free lists, as a tensor for every kind of checkpoint."""
         counts = [self.steps, self.num_nonfinite, self.plan.num_chunks, self.num_dropped]
-        values = [*counts, self._log_scale, self._exponent, float(self._lr)]
-        clock = torch.tensor(values, dtype=torch.float64)
+        values = [*counts, self._log_scale, self._exponent, float(self._lr), float(self.is_warm)]
+        clock = torch.tensor([*values, *self._structure().values()], dtype=torch.float64)
         free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
         found = torch.cat([clock, self.dropped.double(), free])
         # A store that several modules share gives the same tensor to each of them.
@@ -826,13 +882,42 @@ class DynamicEmbeddingStore(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""
-        steps, nonfinite, _, num_dropped, log_scale, exponent, lr = state[:_CLOCK].tolist()
+        steps, nonfinite, _, num_dropped, log_scale, exponent, lr, warm = state[:_CLOCK].tolist()
+        self.is_warm = bool(warm)
         self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
         self.num_nonfinite, self.num_dropped = int(nonfinite), int(num_dropped)
         self._lr.fill_(lr)
-        self.dropped = state[_CLOCK : _CLOCK + len(self.tables.specs)].long().cpu()
-        free = state[_CLOCK + len(self.tables.specs) :].long()
+        rest = state[_CLOCK + len(self._structure()) :].long()
+        self.dropped = rest[: len(self.tables.specs)].cpu()
+        free = rest[len(self.tables.specs) :]
         self._saved_free = free if len(free) else None
+
+    def _structure(self) -> dict[str, int]:
+        """Return what a checkpoint must have in common with this store, as numbers."""
+        config = self.config
+        found = {
+            "num_tables": len(self.tables.specs),
+            "embedding_dim": self.embedding_dim,
+            "num_chunks": config.num_chunks,
+            **{f: CHOICES[f].index(getattr(config, f)) for f in _MATCHING},
+            "seed": 0 if config.id_map == "identity" else config.seed,
+        }
+        for number, spec in enumerate(self.tables.specs):
+            found[f"rows of table {number}"] = spec.num_embeddings
+        return found
+
+    def _clashes(self, extra: Tensor) -> list[str]:
+        """Say in which way the checkpoint behind an extra state is not one of such a store."""
+        mine = self._structure()
+        found = []
+        for (name, own), theirs in zip(mine.items(), extra[_CLOCK:].tolist(), strict=False):
+            if own == theirs:
+                continue
+            values = [CHOICES[name][int(v)] if name in CHOICES else int(v) for v in (theirs, own)]
+            found.append(f"{name} is {values[0]!r} there and {values[1]!r} here")
+            if name == "num_tables":
+                break  # what follows depends on it
+        return found
 
     def is_first_visit(self, error_msgs: list[str]) -> bool:
         """Say whether this call of `load_state_dict` comes here for the first time.
@@ -857,6 +942,14 @@ class DynamicEmbeddingStore(nn.Module):
         if not self.is_first_visit(error_msgs):
             return
         extra = state_dict.get(f"{prefix}_extra_state")
+        clashes = self._clashes(extra) if isinstance(extra, Tensor) else []
+        if clashes:
+            names = ", ".join(spec.name for spec in self.tables.specs[:3])
+            error_msgs.append(
+                f"the checkpoint of {prefix.rstrip('.') or 'the store'} ({names}) does not fit: "
+                f"{'; '.join(clashes)}. A budget may differ, these may not"
+            )
+            return
         own, began = self.target, self.budget if self.config.ramp is None else self.ramp_target(0)
         self._pending, self._placement, self.unseen = [], None, []
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import mlkit
+from mlkit.embeddings import DynamicEmbeddingBag
 from mlkit.embeddings.fiited.budget import plan
 from mlkit.embeddings.fiited.config import FIITEDConfig
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
 from mlkit.embeddings.fiited.tables import TableSpec
-from mlkit.errors import InvalidValueError
+from mlkit.errors import InvalidTypeError, InvalidValueError
 
 QUICK = settings(deadline=None, max_examples=20, derandomize=True)
 SPECS = [TableSpec("a", 61), TableSpec("b", 24, padding_idx=2)]
@@ -130,7 +132,7 @@ def test_nothing_ever_exceeds_a_byte_budget(
         memory_budget=budget, **fields, schedule="fixed", prune_every=2, trigger=0.0,
         hysteresis=0.0, eps=1e-3,
     )  # fmt: skip
-    least = plan(without_budget(config), 85, dim, chunks=1)
+    least = plan(without_budget(config), 85, dim, chunks=len(SPECS))
     allowed = {float: lambda b: b * least.dense_bytes, int: lambda b: b,
                str: lambda b: int(b[:-3]) * 1024}[type(budget)](budget)  # fmt: skip
     if least.total_bytes > math.floor(allowed):
@@ -197,9 +199,11 @@ def test_a_budget_is_used_up(fraction: float, layout: Any) -> None:
 
 def test_the_least_budget_is_named_and_works() -> None:
     config = FIITEDConfig(memory_budget=100)
-    with pytest.raises(InvalidValueError, match=r"one chunk take (\d+) bytes") as caught:
+    with pytest.raises(
+        InvalidValueError, match=r"a chunk of each table take (\d+) bytes"
+    ) as caught:
         plan(config, 85, 16)
-    least = int(str(caught.value).split("one chunk take ")[1].split()[0])
+    least = int(str(caught.value).split("each table take ")[1].split()[0])
     assert plan(FIITEDConfig(memory_budget=least), 85, 16).num_chunks >= 1
     with pytest.raises(InvalidValueError, match="give at least that"):
         plan(FIITEDConfig(memory_budget=least - 1), 85, 16)
@@ -263,3 +267,59 @@ def test_a_ramp_is_above_the_budget_only_where_it_says_so(layout: Any) -> None:
     assert (
         ramp.plan.total_bytes <= allowed < plan(flat.config, 85, 16, chunks=targets[0]).total_bytes
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_budget_counts_the_bytes_of_the_weights_type(dtype: torch.dtype) -> None:
+    config = FIITEDConfig(memory_budget=0.5, optimizer="sgd")
+    specs = [TableSpec("a", 3000)]
+    store = DynamicEmbeddingStore(specs, 64, config, dtype=dtype)
+    report = store.memory_report()
+    assert report.dense_weight_bytes == 3000 * 64 * dtype.itemsize
+    assert 0.48 < report.byte_fraction <= 0.5
+    bag = DynamicEmbeddingBag(3000, 64, target_density=0.1, optimizer="sgd", dtype=dtype)
+    bag.resize(memory_budget=0.5)
+    assert bag.store.target == store.target
+    model = nn.Sequential(nn.EmbeddingBag(3000, 64, dtype=dtype))
+    made = mlkit.convert(model, config)
+    assert model[0].store.target == store.target
+    assert f"{3000 * 64 * dtype.itemsize:,} -> " in str(made)
+
+
+def test_stores_of_two_types_share_a_budget() -> None:
+    model = nn.ModuleList([nn.Embedding(900, 32), nn.Embedding(900, 32, dtype=torch.bfloat16)])
+    mlkit.convert(model, FIITEDConfig(memory_budget=0.5, optimizer="adagrad"))
+    reports = [table.memory_report() for table in model]
+    assert [r.dense_weight_bytes for r in reports] == [900 * 32 * 4, 900 * 32 * 2]
+    assert 0.45 < (reports[0] + reports[1]).byte_fraction <= 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_a_cast_keeps_the_states_and_counts_the_new_weights(optimizer: Any) -> None:
+    store = DynamicEmbeddingStore(
+        SPECS, 16, FIITEDConfig(target_density=0.4, optimizer=optimizer, eps=1e-3)
+    )
+    train(store, 3)
+    before, states = store.memory_report(), [state.clone() for state in store.states]
+    store.bfloat16()
+    assert store.pool.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(store.states, states, strict=True))
+    after = store.memory_report()
+    assert after.weight_bytes == before.weight_bytes // 2
+    assert after.dense_weight_bytes == before.dense_weight_bytes // 2
+    assert after.total_bytes == held_bytes(store)
+    train(store, 3)
+    with pytest.raises(InvalidTypeError, match="pool of a must be .*, not torch.float16"):
+        store.half()
+
+
+def test_a_chunk_for_each_table_is_the_least() -> None:
+    specs = [TableSpec(str(n), 2) for n in range(6)]
+    with pytest.raises(InvalidValueError, match=r"leaves 2 of 48 chunks to 6 tables; the least is"):
+        DynamicEmbeddingStore(specs, 8, FIITEDConfig(target_density=0.05))
+    store = DynamicEmbeddingStore(specs, 8, FIITEDConfig(target_density=0.125))
+    assert store.target == 6
+    with pytest.raises(InvalidValueError, match="the number of chunks must be in 6..48, got 5"):
+        store.resize(5)
+    with pytest.raises(InvalidValueError, match="a chunk of each table take"):
+        DynamicEmbeddingStore(specs, 8, FIITEDConfig(memory_budget=10))

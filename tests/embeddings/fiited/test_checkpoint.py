@@ -216,3 +216,37 @@ def test_two_stores_of_a_model_load_under_their_names():
     for name in model:
         assert other[name].steps == model[name].steps
         assert torch.equal(other[name].pool, model[name].pool)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "chunk"}, "layout is 'slab' there and 'chunk' here"),
+        ({"num_chunks": 2}, "num_chunks is 4 there and 2 here"),
+        ({"optimizer": "adam"}, "optimizer is 'adagrad' there and 'adam' here"),
+        ({"utility_dtype": "uint8"}, "utility_dtype is 'float32' there and 'uint8' here"),
+        ({"id_map": "exact"}, "id_map is 'identity' there and 'exact' here"),
+        ({"id_map": "hash", "seed": 5}, "id_map .* here; seed is 0 there and 5 here"),
+    ],
+    ids=str,
+)
+def test_checkpoint_of_another_kind_says_how_and_changes_nothing(change, message):
+    other, store = make_store(), make_store(**change)
+    train(other, batches(2))
+    before = {name: value.clone() for name, value in store.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"\(user, item\) does not fit: {message}"):
+        store.load_state_dict(other.state_dict())
+    for name, value in store.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_checkpoint_of_other_tables_is_refused():
+    config = FIITEDConfig(target_density=0.5)
+    specs = [TableSpec("user", 35), TableSpec("item", 25)]
+    state = DynamicEmbeddingStore(specs, DIM, config).state_dict()
+    with pytest.raises(RuntimeError, match="rows of table 0 is 35 there and 25 here"):
+        DynamicEmbeddingStore(specs[::-1], DIM, config).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="num_tables is 2 there and 1 here"):
+        DynamicEmbeddingStore(specs[:1], DIM, config).load_state_dict(state)
+    renamed = [TableSpec("visitor", 35), TableSpec("page", 25)]
+    DynamicEmbeddingStore(renamed, DIM, config).load_state_dict(state)

@@ -136,7 +136,7 @@ def with_padding() -> nn.Module:
         (toy.words, FIITEDConfig(target_density=1.0, num_chunks=3), "word: num_chunks=3 does not"),
         (lambda: toy.words().half(), WHOLE, "word: its weight is torch.float16"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), WHOLE, "finds nothing to convert"),
-        (toy.bags, FIITEDConfig(memory_budget=800), "headers of 102 rows and one chunk of each"),
+        (toy.bags, FIITEDConfig(memory_budget=800), "headers of 102 rows and a chunk of each"),
     ],
 )
 def test_refusals_say_why_and_leave_the_model(build: Any, config: Any, message: str) -> None:

@@ -261,7 +261,9 @@ def test_budget_of_a_module() -> None:
     assert ours.prune_now() is not None
     with pytest.raises(InvalidValueError, match="exactly one of target_density and memory_budget"):
         ours.resize()
-    with pytest.raises(InvalidValueError, match=r"the headers of 30 rows and one chunk take \d+"):
+    with pytest.raises(
+        InvalidValueError, match=r"the headers of 30 rows and a chunk of each table take \d+"
+    ):
         ours.resize(memory_budget=100)
 
 
@@ -423,7 +425,7 @@ def test_weights_are_for_sums() -> None:
         ({"target_density": 1.5}, InvalidValueError, r"must be in \(0, 1\], got 1.5"),
         (
             {"target_density": None, "memory_budget": 64}, InvalidValueError,
-            r"64 bytes, but the headers of 30 rows and one chunk take \d+ bytes",
+            r"64 bytes, but the headers of 30 rows and a chunk of each table take \d+ bytes",
         ),
         ({"mode": "min"}, InvalidValueError, "mode must be sum, mean or max, got 'min'"),
         ({"mode": "max", "scale_grad_by_freq": True}, InvalidValueError, "not for mode 'max'"),

@@ -253,6 +253,26 @@ def test_registered_once_and_unregistered():
     assert store.steps == 1
 
 
+def test_training_without_steps_warns_once(caplog):
+    def run(density, *, steps, accumulate=1):
+        store = make_store(None, density=density)
+        optimizer = torch.optim.SGD([store.pool], lr=0.1)
+        for number in range(4):
+            lookup(store, torch.arange(5)).sum().backward()
+            if (number + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                if steps:
+                    store.step()
+        return [r.getMessage()[:46] for r in caplog.records]
+
+    with caplog.at_level(logging.WARNING):
+        assert run(1.0, steps=False) == []
+        assert run(0.5, steps=True) == []
+        assert run(0.5, steps=True, accumulate=2) == []
+        assert run(0.5, steps=False) == ["item was trained without store.step(): new row"]
+
+
 def test_round_without_a_known_optimizer_warns_once(caplog):
     store = make_store(None, density=0.5)
     with caplog.at_level(logging.WARNING):

@@ -189,7 +189,7 @@ CASES = {
     "gradient alone, sampled": {"optimizer": "sgd", "utility": "grad", "utility_every": 3},
     "norms": {"optimizer": "adagrad", "eps": 1e-3, "utility": "l2"},
     "initial values again": {"optimizer": "sgd", "admission": "init"},
-    "one chunk in all": {"optimizer": "sgd", "target_density": 0.006, "hysteresis": 0.0},
+    "a chunk of each table": {"optimizer": "sgd", "target_density": 0.017, "hysteresis": 0.0},
     "more than half": {"optimizer": "adagrad", "eps": 1e-3, "target_density": 0.55},
 }
 
