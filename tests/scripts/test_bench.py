@@ -319,7 +319,7 @@ def test_embeddings_rows_cover_steps_options_rounds_and_memory(capsys):
         "3 tables": 72 + 70 * has_fbgemm(),
         "utilities in a step": 8,
         "options of a store": 10,
-        "pruning round": 11,
+        "pruning round": 10,
         "training of": 6,
     }
     counts = {g: sum(row.case.startswith(g) for row in found) for g in groups}
