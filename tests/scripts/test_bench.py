@@ -328,7 +328,7 @@ def test_embeddings_rows_cover_steps_options_rounds_and_memory(capsys):
         assert 0 < row.value < math.inf, row
         assert (row.peer is None) == (row.ratio is None), row
     round_parts = {r.metric for r in found if r.case.startswith("pruning round")}
-    assert {"CPU time of threshold", "CPU time of moving"} <= round_parts
+    assert {"CPU time of threshold and candidates", "CPU time of moving"} <= round_parts
     assert "no CUDA device" in capsys.readouterr().err or torch.cuda.is_available()
 
 
