@@ -26,7 +26,7 @@ from mlkit.models import CTRModule, ctr_quality
 from mlkit.report import Report, RunContext, is_global_zero
 from recipes.fiited_dims import chunk_statistics
 from recipes.fiited_memory import peak_memory
-from recipes.fiited_networks import network, table_optimizer
+from recipes.fiited_networks import network, table_optimizers
 from recipes.fiited_report import report_of
 from recipes.fiited_watch import Watch
 from recipes.fitting import fit, quiet_fits
@@ -109,7 +109,7 @@ class FIITED:
         module = CTRModule(
             net,
             instantiate(self.model["dense_optimizer"]),
-            lambda _: table_optimizer(net, settings, cell.method),
+            lambda _: table_optimizers(net, settings, cell.method),
         )
         watch = Watch(stream, settings.window)
         fit(
@@ -146,10 +146,10 @@ class FIITED:
 
 def table_bytes(net: nn.Module, settings: FIITEDSettings) -> dict[str, float]:
     """Return what the tables of a network take, and as fractions of the dense ones."""
-    stores = dynamic_stores(net)
-    holders = stores or [t for t in net.tables if hasattr(t, "memory_report")]
+    stores, tables = dynamic_stores(net), list(net.get_submodule("tables").children())
+    holders: list[Any] = [*stores] or [t for t in tables if hasattr(t, "memory_report")]
     reports = [holder.memory_report() for holder in holders]
-    stock = [t for t in net.tables if type(t) is nn.EmbeddingBag]
+    stock = [t for t in tables if type(t) is nn.EmbeddingBag]
     sizes = [tuple(t.weight.shape) for t in stock]
     extra = sum(dense_bytes(rows, dim, settings.optimizer) for rows, dim in sizes)
     state = sum(optimizer_bytes(rows, dim, settings.optimizer) for rows, dim in sizes)

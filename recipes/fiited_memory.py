@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from mlkit.embeddings.settings import FIITEDSettings
 from mlkit.errors import RunError
 from mlkit.models import split_parameters
-from recipes.fiited_networks import network, table_optimizer
+from recipes.fiited_networks import network, table_optimizers
 
 __all__ = ["peak_memory"]
 
@@ -71,23 +71,23 @@ def peak_memory(
 
 def _train(request: Mapping[str, Any], settings: FIITEDSettings, method: str) -> None:
     net = network(request["model"], request["sizes"], settings, method, request["fraction"], 0)
-    optimizer = table_optimizer(net, settings, method)
-    dense = instantiate(request["model"]["dense_optimizer"])(split_parameters(net)[0])
+    optimizers = table_optimizers(net, settings, method)
+    optimizers.append(instantiate(request["model"]["dense_optimizer"])(split_parameters(net)[0]))
     batch = request["batch_size"]
     for _ in range(settings.memory_steps):
         ids = [torch.randint(rows, (batch, 1)) for rows in request["sizes"]["table_sizes"]]
         logits = net(torch.randn(batch, request["sizes"]["num_dense"]), torch.cat(ids, 1))
-        optimizer.zero_grad()
-        dense.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         F.binary_cross_entropy_with_logits(logits, torch.rand(batch).round()).backward()
-        optimizer.step()
-        dense.step()
-    _touch(net, optimizer)
+        for optimizer in optimizers:
+            optimizer.step()
+    _touch(net, optimizers)
 
 
 @torch.no_grad()
-def _touch(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    states = [v for s in optimizer.state.values() for v in s.values()]
+def _touch(net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    states = [v for o in optimizers for s in o.state.values() for v in s.values()]
     for tensor in (*net.parameters(), *net.buffers(), *states):
         if isinstance(tensor, torch.Tensor):
             tensor.add_(0)

@@ -49,8 +49,8 @@ def report_of(
                 report.metric(f"{measure}/{name}", mean(units, measure))
         if isinstance(stream, SyntheticCTR) and units[0].get("coverage"):
             _recovery(report, name, units, stream, settings)
-    for method, peak in peaks.items():
-        report.metric(f"peak_rss_bytes/{method}", float(peak))
+    for method in settings.methods:
+        report.metric(f"peak_rss_bytes/{method}", float(peaks[method]))
     _table(report, rows, peaks, settings)
     for fraction in settings.fractions:
         _verdict(report, rows, fraction)
@@ -78,7 +78,7 @@ def recovery_rounds(
         before the next drift (or the end); one that did not counts the rounds that there were.
     """
     found, all_back = [], True
-    ends = [*drifts[1:], float("inf")]
+    ends = [*drifts, float("inf")][1:]
     for drift, end in zip(drifts, ends, strict=True):
         before = [share for step, share in coverage if step <= drift]
         after = [share for step, share in coverage if drift < step <= end]
@@ -105,9 +105,7 @@ def _recovery(
         report.metric(f"recovered/{name}", float(back))
 
 
-def _table(
-    report: Report, rows: Rows, peaks: Mapping[str, int], settings: FIITEDSettings
-) -> None:
+def _table(report: Report, rows: Rows, peaks: Mapping[str, int], settings: FIITEDSettings) -> None:
     header = ["method", "bytes", "weights", "AUC", "AUC - dense", "ms a step", "peak MiB"]
     dense = np.array([u["auc"] for u in rows["dense", 1.0]])
     lines = []
@@ -209,9 +207,7 @@ def _windows(units: Units) -> np.ndarray:
     return np.mean([u["windows"][:length] for u in units], axis=0)
 
 
-def _facts(
-    report: Report, run: RunContext, settings: FIITEDSettings, stream: CTRStream
-) -> None:
+def _facts(report: Report, run: RunContext, settings: FIITEDSettings, stream: CTRStream) -> None:
     report.facts["data"] = stream.source
     report.facts["seeds"] = f"{run.seed} to {run.seed + settings.num_seeds - 1}"
     report.facts["tables"] = f"{len(stream.table_sizes)} with {sum(stream.table_sizes):,} rows"
@@ -225,6 +221,6 @@ def _facts(
         "same optimizer"
     )
     report.facts["peak memory"] = (
-        f"of a training process of its own, at {settings.fractions[0]:.0%} of the bytes, with tables "
-        f"of {settings.memory_scale} times as many rows; imports included"
+        f"of a training process of its own, at {settings.fractions[0]:.0%} of the bytes, with "
+        f"tables of {settings.memory_scale} times as many rows; imports included"
     )

@@ -38,6 +38,15 @@ ONE_STEP = {
         "data.sequence_length=16",
         "data.batch_size=8",
     ],
+    "fiited": [
+        "fiited.byte_fractions=0.6",
+        "fiited.max_steps=1",
+        "fiited.num_seeds=1",
+        "fiited.methods=[dense,fiited,narrow]",
+        "fiited.window=1",
+        "fiited.memory_steps=1",
+        "fiited.memory_scale=1",
+    ],
     "hygen": [
         "hygen.tolerance=[0.5]",
         "hygen.duration=20",
@@ -81,12 +90,15 @@ CUSTOM = {
         "+data.test.split=test",
         "data.input_shape=[1,8,8]",
         "data.num_classes=10",
+        "data.num_workers=0",
     ],
     TEXT: [
         "data=custom_text",
         f"data.train.data_files='{ROOT}/docs/*.md'",
         f"data.test.data_files='{ROOT}/README.md'",
+        "data.num_workers=0",
     ],
+    CLICKS: ["data=criteo"],
 }
 """The data group for a user's own set, and what it leaves to the user."""
 
@@ -258,8 +270,10 @@ def test_recipe_refuses_data_of_another_kind_before_it_starts(recipe, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*of the examples share one of")
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if taken_by(r)])
 def test_a_users_own_data_run(recipe, tmp_path):
-    short = [*ONE_STEP[recipe], "data.batch_size=200", "data.num_workers=0"]
-    done = run_here(tmp_path, f"recipe={recipe}", *CUSTOM[taken_by(recipe)], *short)
+    own = CUSTOM[taken_by(recipe)]
+    files = fixture_overrides(own[0].removeprefix("data="), tmp_path / "data")
+    short = [*ONE_STEP[recipe], "data.batch_size=200"]
+    done = run_here(tmp_path / "run", f"recipe={recipe}", *own, *files, *short)
     assert done.metrics
 
 
@@ -331,6 +345,8 @@ def test_experiment_runs_one_step(experiment, tmp_path):
             assert 0 <= run.metrics[f"test_accuracy/{method}/0.5"] <= 1
     if recipe == "hygen":
         assert run.metrics["total_tokens_per_s/hygen/0.5"] > 0
+    if recipe == "fiited":
+        assert 0 <= run.metrics["auc/fiited/0.6"] <= 1
     if recipe == "lte":
         assert 0 <= run.metrics["ffn_sparsity/lte/0.5"] <= 1
     if recipe == "fedtrans":

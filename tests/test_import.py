@@ -42,6 +42,18 @@ LIGHT_USES = {
         "from mlkit.data import DataSpec\n"
         "DataSpec(name='x', train={}, test={}, input_shape=[1], num_classes=2).check_files()"
     ),
+    "mlkit.embeddings": (
+        "from mlkit.embeddings import FIITEDConfig, HashingConfig, MemoryReport\n"
+        "from mlkit.embeddings.fiited.budget import plan\n"
+        "from mlkit.embeddings.memory import dense_bytes, parse_budget\n"
+        "HashingConfig(0.5), MemoryReport(1, 0, 0, 0, 0, 1, 1)\n"
+        "least = parse_budget(0.5, dense_bytes(1000, 64, 'rowwise_adagrad'))\n"
+        "config = FIITEDConfig(memory_budget=0.5, optimizer='rowwise_adagrad')\n"
+        "assert plan(config, 1000, 64).total_bytes <= least"
+    ),
+    "mlkit.embeddings.settings": (
+        "from mlkit.embeddings.settings import FIITEDSettings\nFIITEDSettings(byte_fractions=0.35)"
+    ),
     "mlkit.federated": (
         "import numpy as np, mlkit.federated\n"
         "from mlkit.federated import FedTransConfig, LocalTraining\n"

@@ -1,7 +1,7 @@
-"""Embedding tables that take less memory: FIITED's dynamic dimensions, and what it is compared with.
+"""Embedding tables that take less memory: FIITED's dynamic dimensions, and its rivals.
 
-`mlkit.convert(model, FIITEDConfig(memory_budget=0.35))` turns the `nn.EmbeddingBag`s of a model into
-tables that train within a fixed number of bytes.
+`mlkit.convert(model, FIITEDConfig(memory_budget=0.35))` turns the `nn.EmbeddingBag`s of a model
+into tables that train within a fixed number of bytes.
 """
 
 import lazy_loader

@@ -56,6 +56,8 @@ class FIITEDSettings:
         optimizer: Of the tables: "rowwise_adagrad", "adagrad" or "sgd".
         table_lr: Learning rate of the tables by method; "default" for the others.
         max_steps: Steps of a fit at most; None for one pass over the training part.
+        min_rows: Tables with fewer rows stay as they are, with every method; the budget is that of
+            the others.
         config: Arguments of `FIITEDConfig` beside its budget, optimizer and learning rate.
         baselines: Arguments of the other methods' configs, by method.
         memory_steps: Steps of the processes whose peak memory is measured.
@@ -77,6 +79,7 @@ class FIITEDSettings:
     optimizer: str = "rowwise_adagrad"
     table_lr: Mapping[str, float] = field(default_factory=lambda: {"default": 0.05})
     max_steps: int | None = None
+    min_rows: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     memory_steps: int = 8
@@ -134,7 +137,8 @@ class FIITEDSettings:
         """What `mlkit.convert` gets for a method; None for the dense tables."""
         if method == "dense":
             return None
-        common = {"memory_budget": fraction, "optimizer": self.optimizer, "seed": seed}
+        common: dict[str, Any] = {"memory_budget": fraction, "optimizer": self.optimizer}
+        common |= {"seed": seed, "min_rows": self.min_rows}
         if method not in _CHUNKED:
             config = _BASELINES[method]
             known = {f.name for f in fields(config)}

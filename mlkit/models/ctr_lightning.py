@@ -16,7 +16,8 @@ from mlkit.errors import InvalidValueError
 __all__ = ["CTRModule", "ctr_quality", "split_parameters"]
 
 Batch = dict[str, Tensor]
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Made = torch.optim.Optimizer | list[torch.optim.Optimizer]
+Optimizer = Callable[[Iterable[nn.Parameter]], Made]
 
 
 def split_parameters(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -42,7 +43,7 @@ class CTRModule(L.LightningModule):
         net: Maps (dense, sparse) to logits; its tables are in `net.tables`.
         dense_optimizer: Called with the parameters outside the tables.
         table_optimizer: Called with those of the tables, where any wants a gradient; it has to take
-            sparse gradients if the tables give such.
+            sparse gradients if the tables give such. It may return a list of optimizers.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class CTRModule(L.LightningModule):
         return {"loss": loss.detach(), "logits": logits.detach()}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimizer outside the tables and one inside, or the first alone."""
+        """Those outside the tables and inside, or the first alone."""
         parts = split_parameters(self.net)
-        return [make(part) for make, part in zip(self._make, parts, strict=True) if part]
+        made = [make(part) for make, part in zip(self._make, parts, strict=True) if part]
+        return [o for one in made for o in (one if isinstance(one, list) else [one])]
 
 
 @torch.no_grad()

@@ -25,9 +25,8 @@ _PER_MILLION_MS = 4.0
 """Wanted for a round, per million chunks."""
 _BLOCK = 1 << 18
 _PARTS = {
-    "_groups": "percentiles",
-    "_threshold": "threshold",
-    "_candidates": "candidates",
+    "_groups": "scales of tables",
+    "_find": "threshold and candidates",
     "_choose": "choice",
     "_apply": "moving",
 }
@@ -60,7 +59,8 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield Row.of(what, f"CPU time of {part}", per_million(found[part]), "ms")
     for peer in ("torch.kthvalue", "torch.topk"):
         yield Row.of(
-            what, "CPU time of threshold", per_million(found["threshold"]), "ms",
+            what, "CPU time of threshold and candidates",
+            per_million(found["threshold and candidates"]), "ms",
             peer=peer, peer_value=per_million(peers[peer]),
         )  # fmt: skip
     yield Row.of(

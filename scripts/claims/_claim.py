@@ -33,7 +33,8 @@ class Figure:
         terms: Where that is not recorded (a single seed): the two metrics whose difference it is.
         paper: The paper's figure with its setting and where it is known from.
         sign: Direction of the paper's difference: 1 above, -1 below.
-        margin: Where the paper finds no difference: what ours may be below, as a fraction.
+        margin: Where the paper finds no difference: what ours may be below, as a fraction; the
+            lower end of the interval counts, if there is one.
         unit: "points" of fractions, "x" for a ratio, or another unit, in which the metric is.
         is_headline: Shown in the README as well.
     """
@@ -64,7 +65,9 @@ class Figure:
         """A difference as text, without its unit."""
         if self.unit == "x":
             return f"{value:.2f}"
-        return f"{100 * value:+.1f}" if self.unit == "points" else f"{value:+.3f}"
+        if self.unit == "points":
+            return f"{100 * value:+.1f}"
+        return f"{value:+.4f}" if self.unit == "AUC" else f"{value:+.3f}"
 
     def verdict(self, metrics: Metrics) -> str:
         """Whether ours points where the paper's figure does."""
@@ -73,7 +76,8 @@ class Figure:
             return "not measured"
         if self.margin is not None:
             allowed = self.text(self.margin).lstrip("+")
-            where = "within" if value >= -self.margin else "not within"
+            least = value if interval is None else interval[0]
+            where = "within" if least >= -self.margin else "not within"
             return f"{where} {allowed} {self.unit} of it"
         neutral = 1.0 if self.unit == "x" else 0.0
         if interval is None:

@@ -68,6 +68,7 @@ class BatteryCase:
         expect: Every row of `ROWS` to `passes` or `raises(...)`.
         targets: As in `mlkit.convert`.
         call: Maps (model, *inputs) to the tensor that is compared; at the top level, too.
+        slow: Rows to run among the slow tests, where another case tells the same.
     """
 
     name: str
@@ -77,6 +78,7 @@ class BatteryCase:
     expect: Mapping[str, Expectation] = field(default_factory=dict)
     targets: Any = "auto"
     call: Callable[..., Tensor] = _call
+    slow: tuple[str, ...] = ()
 
     def converted(self) -> nn.Module:
         model = self.build()
@@ -154,9 +156,10 @@ def row_stock_checkpoint(case: BatteryCase, tmp_path: Path) -> None:
 
 def row_compile(case: BatteryCase, tmp_path: Path) -> None:
     model = case.converted()
+    other = copy.deepcopy(model)  # training may change what a model holds
     expected, gradients = case.output(model), case.gradients(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(other, backend="aot_eager")
     torch.testing.assert_close(case.output(compiled), expected, rtol=1e-4, atol=1e-5)
     found = {n.removeprefix("_orig_mod."): g for n, g in case.gradients(compiled).items()}
     torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-5)
@@ -300,9 +303,17 @@ class ConverterBattery:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if {"case", "row"} <= set(metafunc.fixturenames):
-            pairs = [(case, row) for case in self.cases for row in ROWS]
-            ids = [f"{case.name}-{row}" for case, row in pairs]
-            metafunc.parametrize(("case", "row"), pairs, ids=ids)
+            pairs = [
+                pytest.param(
+                    case,
+                    row,
+                    marks=[pytest.mark.slow] if row in case.slow else [],
+                    id=f"{case.name}-{row}",
+                )
+                for case in self.cases
+                for row in ROWS
+            ]
+            metafunc.parametrize(("case", "row"), pairs)
 
     def test_row(self, case: BatteryCase, row: str, tmp_path: Path) -> None:
         assert set(case.expect) == set(ROWS), "declare every row: passes or raises(...)"

@@ -20,6 +20,7 @@ from torchvision import datasets
 
 from mlkit.data.datasets import write_parquet
 from mlkit.data.idx import IDX_FILES, write_idx
+from tests.helpers.clicks import write_avazu, write_criteo, write_movielens100k, write_obd
 
 __all__ = ["FIXTURES", "CIFAR10Fixture", "CIFAR100Fixture", "fixture_overrides"]
 
@@ -186,12 +187,31 @@ FIXTURES: dict[str, tuple[Callable[[Path], None], str | None]] = {
 """By the name of the data configuration: who writes the fixture, and the class that reads it where
 the stock class insists on hashes."""
 
+CLICKS: dict[str, Callable[[Path], None]] = {
+    "movielens100k": write_movielens100k,
+    "obd": write_obd,
+}
+"""Likewise, for clicks."""
+
+LOGS: dict[str, Callable[[Path], Path]] = {"criteo": write_criteo, "avazu": write_avazu}
+"""Likewise, for clicks in a file of the user's."""
+
+SHORTER = {"ctr_synthetic": ["data.stream.num_samples=20000"]}
+"""What makes less of data that are generated."""
+
 
 def fixture_overrides(name: str, root: Path) -> list[str]:
     """Write the fixture of a data configuration below `root`; return the overrides that use it.
 
     Sets that ship with a dependency need none.
     """
+    if name in SHORTER:
+        return SHORTER[name]
+    if name in CLICKS:
+        CLICKS[name](root)
+        return [f"data.root='{root}'"]
+    if name in LOGS:
+        return [f"data.path='{LOGS[name](root)}'", "data.stream.table_sizes=50"]
     if name not in FIXTURES:
         return []
     write, target = FIXTURES[name]

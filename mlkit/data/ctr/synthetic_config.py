@@ -17,7 +17,7 @@ Plant = Literal["frequency", "independent"]
 
 
 def _default_sizes() -> tuple[int, ...]:
-    return tuple(int(size) for size in np.geomspace(200, 20_000, 26).round())
+    return tuple(int(size) for size in np.geomspace(200, 60_000, 26).round())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class SyntheticConfig:
 
     Args:
         num_samples: Examples.
-        table_sizes: Rows of each table; by default 26 tables from 200 to 20,000 rows, 117,893 in
+        table_sizes: Rows of each table; by default 26 tables from 200 to 60,000 rows, 293,344 in
             all.
         zipf: Exponents of Zipf's law, given to the tables in turn: the row of rank k is drawn in
             proportion to k^-s.
@@ -51,7 +51,7 @@ class SyntheticConfig:
         InvalidValueError: For a value out of range.
     """
 
-    num_samples: int = 320_000
+    num_samples: int = 260_000
     table_sizes: Sequence[int] = field(default_factory=_default_sizes)
     zipf: Sequence[float] = (1.05, 1.2)
     latent_dim: int = 64
@@ -59,7 +59,7 @@ class SyntheticConfig:
     latent_mean: float = 0.5
     plant: Plant = "frequency"
     num_interacting: int = 3
-    drift_at: Sequence[float] = (0.35,)
+    drift_at: Sequence[float] = (0.375,)
     drift_share: float = 0.1
     renew_share: float = 0.0
     num_dense: int = 4

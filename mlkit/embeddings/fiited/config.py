@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": ("geometric", "fixed"),
     "utility": ("freq_grad", "freq", "grad", "l2"),
     "utility_dtype": ("float32", "uint8"),
-    "normalize": ("p95", "none", "per_table"),
+    "normalize": ("none", "p95", "per_table"),
     "id_map": ("identity", "hash", "exact"),
     "layout": ("slab", "chunk"),
     "optimizer": (None, "sgd", "rowwise_adagrad", "adagrad", "adam"),
@@ -52,8 +52,9 @@ class FIITEDConfig:
         utility_dtype: "uint8" stores a logarithm in one byte instead of a float32 in four.
         utility_every: Steps between updates of the utilities; 1 is every step.
         decay: Factor of the utilities for each pruning interval, in (0, 1]. 0.98 (ITEP).
-        normalize: "p95" divides by the 95th percentile of a table's utilities (AdaEmbed, as
-            described) before all tables compete; "none"; "per_table" gives every table its share.
+        normalize: "none" lets all tables compete as they are; "p95" divides by the 95th percentile
+            of a table's utilities first (AdaEmbed, as described), which lost here (decision 008);
+            "per_table" gives every table its share.
         prune_every: Steps between pruning rounds.
         schedule: "fixed", or "geometric": every 3rd step below 10, every 30th below 100, every
             300th below 1000 (ITEP), then every `prune_every`, and never more seldom than that.
@@ -101,7 +102,7 @@ class FIITEDConfig:
     utility_dtype: Literal["float32", "uint8"] = "float32"
     utility_every: int = 1
     decay: float = 0.98
-    normalize: Literal["p95", "none", "per_table"] = "p95"
+    normalize: Literal["none", "p95", "per_table"] = "none"
     prune_every: int = 1000
     schedule: Literal["geometric", "fixed"] = "geometric"
     hysteresis: float = 0.05
@@ -192,7 +193,7 @@ class FIITEDConfig:
 
     @property
     def decay_per_step(self) -> float:
-        """gamma of one step: `decay` is that of `prune_every` steps."""
+        """Decay of one step, gamma: `decay` is that of `prune_every` steps."""
         return self.decay ** (1 / self.prune_every)
 
     def is_round(self, step: int) -> bool:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _WARM_UP = 1000  # steps before which much churn is expected
 _MUCH_CHURN = 0.1
 _LEAST = 2.0**-126  # the smallest normal float32: scores below it count as zero
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Round:
     """Decides, and carries out.
 
     1. Score the chunks: utilities, divided by a percentile of their table's where `normalize` says.
-    2. The threshold is the score of the last chunk that fits, found exactly (`kth_largest`).
+    2. The threshold is the score of the last chunk that fits, found exactly (`_find`).
     3. Residents below it by the hysteresis may be evicted, others above it by the hysteresis (or
        at it, if there is none) admitted, best first, as many as there is room for; where the target
        was lowered, the lowest residents go whatever the hysteresis says. Where all chunks with a
@@ -88,9 +89,7 @@ class Round:
             self._measure_norms()
         evict, admit, thresholds, misplaced = [], [], [], 0
         for group in self._groups():
-            threshold = self._threshold(group)
-            # One below the threshold, as candidates are above it and its own chunk is one of them.
-            found = self._candidates(group, threshold or _LEAST, _below(threshold))
+            threshold, found = self._find(group)
             misplaced += int(torch.count_nonzero(found.evict_scores < threshold))
             misplaced += int(torch.count_nonzero(found.admit_scores > threshold))
             out, new = self._choose(group, threshold, found)
@@ -167,16 +166,34 @@ class Round:
             store.exponent, self._config.prefix, resident_only, within,
         )  # fmt: skip
 
-    def _threshold(self, group: _Group, *, resident_only: bool = False, count: int = -1) -> float:
-        """Return the `count`-th largest positive score, or 0 if there are not so many."""
-        count = group.target if count < 0 else count
-        upper = self._histogram(group, -1, resident_only=resident_only).sum(0)
+    def _find(self, group: _Group) -> tuple[float, Candidates]:
+        """Return the threshold, and at least the chunks on its wrong sides.
+
+        The bin of the threshold is known from one histogram; the candidates are all that are on
+        the wrong side of some score in it, so that the exact one is found among them.
+        """
+        upper = self._histogram(group, -1).sum(0)
+        if group.target == 0:
+            return math.inf, self._candidates(group, math.inf, _LARGEST)
+        if int(upper.sum()) < group.target:
+            return 0.0, self._candidates(group, _LEAST, 0.0)
+        place, above = kth_largest(upper, group.target)
+        start, stop = _score(place << 16), _score((place + 1) << 16)
+        found = self._candidates(group, stop, _below(start))
+        scores = torch.cat([found.evict_scores, found.admit_scores])
+        inside = scores[(scores >= start) & (scores < stop) & (scores > 0)]
+        nth = len(inside) - (group.target - above) + 1
+        return float(torch.kthvalue(inside, nth).values), found
+
+    def _resident_threshold(self, group: _Group, count: int) -> float:
+        """Return the `count`-th largest positive score of residents; 0 if there are fewer."""
+        upper = self._histogram(group, -1, resident_only=True).sum(0)
         if int(upper.sum()) < count or count == 0:
             return 0.0 if count else math.inf
         high, above = kth_largest(upper, count)
-        lower = self._histogram(group, high, resident_only=resident_only).sum(0)
+        lower = self._histogram(group, high, resident_only=True).sum(0)
         low, _ = kth_largest(lower, count - above)
-        return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
+        return _score(high << 16 | low)
 
     def _candidates(self, group: _Group, low: float, high: float) -> Candidates:
         store = self._store
@@ -207,7 +224,7 @@ class Round:
     def _lowest(self, group: _Group, count: int) -> tuple[Tensor, Tensor]:
         """Return at least the `count` residents with the lowest scores."""
         keep = group.resident - count
-        limit = self._threshold(group, resident_only=True, count=keep)
+        limit = self._resident_threshold(group, keep)
         bound = float(torch.nextafter(torch.tensor(limit), torch.tensor(math.inf)))
         found = self._candidates(group, bound, math.inf)
         return found.evict, found.evict_scores
@@ -239,6 +256,11 @@ def _first(scores: Tensor, count: int) -> Tensor:
     ties = (scores == last).nonzero().squeeze(1)
     chosen[ties[: count - int(chosen.sum())]] = True
     return chosen
+
+
+def _score(bits: int) -> float:
+    """The float32 of these bits."""
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def _below(score: float) -> float:

@@ -10,36 +10,9 @@ from mlkit.data.ctr.avazu import avazu
 from mlkit.data.ctr.criteo import criteo
 from mlkit.data.ctr.hashing import hash_cells, mix64
 from mlkit.errors import InvalidValueError, MissingDataError
+from tests.helpers.clicks import AVAZU_HEADER, avazu_rows, criteo_rows
 
 ROW = "1\t1\t-1\t\t5\t1382\t4\t15\t2\t181\t1\t2\t\t2\t" + "\t".join(["68fd1e64"] * 25) + "\t"
-HEADER = (
-    "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,app_category,"
-    "device_id,device_ip,device_model,device_type,device_conn_type,C14,C15,C16,C17,C18,C19,C20,C21"
-)
-
-
-def criteo_rows(num, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(num):
-        integers = [str(rng.integers(-3, 5000)) if rng.random() < 0.7 else "" for _ in range(13)]
-        hashes = [f"{rng.integers(9):08x}" if rng.random() < 0.8 else "" for _ in range(26)]
-        integers[0] = str(number)
-        rows.append("\t".join([str(rng.integers(2)), *integers, *hashes]))
-    return rows
-
-
-def avazu_rows(num, days=3, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(num):
-        hour = number * 24 * days // num
-        stamp = f"1410{21 + hour // 24}{hour % 24:02}"
-        middle = [f"{rng.integers(5):08x}" for _ in range(9)]
-        end = ["1", "0", "15706", "320", "50", "1722", "0", "35", "-1", "79"]
-        cells = [str(10**18 + number), str(rng.integers(2)), stamp, "1005", "0", *middle, *end]
-        rows.append(",".join(cells))
-    return rows
 
 
 def write(path, rows, end="\n", header=None, last=True):
@@ -75,7 +48,7 @@ def test_avazu_row_is_read_as_it_is_written(tmp_path):
         "1000009418151094273,0,14102107,1005,0,1fbe01fe,f3845767,28905ebd,ecad2386,7801e8d9,"
         "07d7df22,a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
     )
-    path = write(tmp_path / "train.csv", [row, row.replace(",0,", ",1,", 1)], header=HEADER)
+    path = write(tmp_path / "train.csv", [row, row.replace(",0,", ",1,", 1)], header=AVAZU_HEADER)
     stream = avazu(path, table_sizes=[50] * 20 + [9], test_fraction=0, val_fraction=0)
     (batch,) = stream.batches("train", 10)
     assert stream.table_names[:2] == ("hour", "C1")
@@ -171,7 +144,7 @@ def test_source_names_the_text(tmp_path):
 
 def test_avazu_test_part_is_the_last_day(tmp_path):
     rows = avazu_rows(72)
-    stream = avazu(write(tmp_path / "a.csv", rows, header=HEADER), block_bytes=999)
+    stream = avazu(write(tmp_path / "a.csv", rows, header=AVAZU_HEADER), block_bytes=999)
     assert [stream.num_samples(s) for s in ("train", "val", "test")] == [44, 4, 24]
     hours = np.concatenate([b.sparse[:, 0] for b in stream.batches("test", 5)])
     assert hours.tolist() == list(range(24))
@@ -214,9 +187,9 @@ def test_malformed_rows_are_left_out_up_to_the_limit(tmp_path, bad):
 
 def test_message_of_a_bad_row_counts_the_header_and_the_file(tmp_path):
     rows = avazu_rows(10)
-    first = write(tmp_path / "one.csv", rows[:5], header=HEADER)
+    first = write(tmp_path / "one.csv", rows[:5], header=AVAZU_HEADER)
     rows[7] = rows[7].replace(",1005,", ",")
-    second = write(tmp_path / "two.csv", rows[5:], header=HEADER)
+    second = write(tmp_path / "two.csv", rows[5:], header=AVAZU_HEADER)
     stream = avazu([str(first), str(second)], max_malformed=0, test_fraction=0)
     with pytest.raises(InvalidValueError, match=r"two.csv, line 4: .* expected 24 cells"):
         list(stream.batches("train", 3))
@@ -247,7 +220,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 def test_rows_out_of_the_order_of_time_are_refused(tmp_path):
     rows = avazu_rows(48)
     rows[10], rows[40] = rows[40], rows[10]
-    path = write(tmp_path / "a.csv", rows, header=HEADER)
+    path = write(tmp_path / "a.csv", rows, header=AVAZU_HEADER)
     with pytest.raises(
         InvalidValueError, match=r"a.csv, line 13: hour 14102116 comes after 14102312"
     ):

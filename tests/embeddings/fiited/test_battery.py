@@ -14,11 +14,12 @@ BELOW = ALL_PASS | {
 
 
 class TestFIITED(ConverterBattery):
+    # DDP below density 1, and fused; test_ddp.py has more.
     cases = (
-        BatteryCase("bags", toy.bags, toy.ids, WHOLE, ALL_PASS),
+        BatteryCase("bags", toy.bags, toy.ids, WHOLE, ALL_PASS, slow=("ddp",)),
         BatteryCase(
             "embedding", toy.words, toy.ids, FIITEDConfig(target_density=1.0, layout="chunk"),
-            ALL_PASS,
+            ALL_PASS, slow=("ddp",),
         ),
         BatteryCase(
             "budget", toy.bags, toy.ids,
