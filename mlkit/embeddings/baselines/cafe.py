@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mlkit.embeddings.baselines.base import CompressedEmbeddingBag
 from mlkit.embeddings.baselines.config import CAFEConfig
-from mlkit.embeddings.baselines.hash_ids import hash_ids
 from mlkit.embeddings.baselines.sketch import SLOTS, HotSketch
+from mlkit.embeddings.id_hash import hash_ids
 from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError
 

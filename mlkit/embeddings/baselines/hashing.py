@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mlkit.embeddings.baselines.base import CompressedEmbeddingBag, largest_fitting
-from mlkit.embeddings.baselines.hash_ids import hash_ids
+from mlkit.embeddings.id_hash import hash_ids
 
 __all__ = ["HashingEmbeddingBag"]
 

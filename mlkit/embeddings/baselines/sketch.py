@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlkit.embeddings.baselines.hash_ids import hash_ids
+from mlkit.embeddings.id_hash import hash_ids
 from mlkit.errors import InvalidValueError
 
 __all__ = ["SLOTS", "HotSketch"]

@@ -23,30 +23,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mlkit.embeddings.fiited.tables import Tables
+from mlkit.embeddings.id_hash import mix
 
-__all__ = ["PROBES", "ExactIds", "hash_rows", "mix", "table_of"]
+__all__ = ["PROBES", "ExactIds", "hash_rows", "table_of"]
 
 PROBES: Final = 128
 _BLOCKS: Final = ((0, 4), (4, 32), (32, PROBES))  # probes that are made at once
 _STEPS: Final = 64  # different steps of a table
 _LOWEST: Final = -(1 << 63)
 _FREE, _DELETED = 0, 1  # keys are ids with the highest bit turned; these two are of no id
-
-
-def mix(ids: Int[Tensor, "*shape"], seed: int) -> Int[Tensor, "*shape"]:
-    """63 well mixed bits of each 64-bit id, int64 and not negative: a bijection but for one bit.
-
-    The finalizer is Stafford's variant 13 of MurmurHash3's, as in SplitMix64 (public domain).
-    """
-    x = ids.long() + (seed + 1) * 0x9E3779B97F4A7C15 % (1 << 63)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * (factor - (1 << 64))
-    return (x ^ _shifted(x, 31)) & ~_LOWEST
-
-
-def _shifted(x: Tensor, count: int) -> Tensor:
-    """Logical shift to the right of int64."""
-    return x >> count & ((1 << (64 - count)) - 1)
 
 
 def table_of(

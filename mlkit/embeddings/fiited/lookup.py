@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlkit.embeddings.fiited.first_read import add_first_reads, has_first_reads
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore, store_of
-from mlkit.errors import InvalidValueError
+from mlkit.errors import InvalidTypeError, InvalidValueError
 from mlkit_kernels.dynamic_embedding import IndexOutOfRange
 from mlkit_kernels.dynamic_embedding import op as kernels
 
@@ -229,12 +229,16 @@ def lookup(
 
     Raises:
         IndexOutOfRange: For an index outside its table, with both names.
+        InvalidTypeError: For indices that are not int64 or int32.
         InvalidValueError: For offsets that do not begin with 0, decrease, or do not end with the
             number of indices.
     """
     if tables is None:
         tables = range(len(store.tables.specs))
     tables = list(tables)
+    if indices.dtype not in (torch.int64, torch.int32):
+        names = ", ".join(repr(store.tables.specs[t].name) for t in tables[:3])
+        raise InvalidTypeError(f"ids of {names} must be int64 or int32, got {indices.dtype}")
     if store.config.id_map != "identity":
         collect = store.training and torch.is_grad_enabled()
         indices = torch.ops.mlkit.fiited_rows(indices, offsets, store.handle, tables, collect)

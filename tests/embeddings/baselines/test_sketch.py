@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlkit.embeddings.baselines.hash_ids import hash_ids
 from mlkit.embeddings.baselines.sketch import HotSketch
+from mlkit.embeddings.id_hash import hash_ids
 from mlkit.errors import InvalidValueError
 
 

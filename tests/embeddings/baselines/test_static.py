@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlkit.embeddings.baselines.hash_ids import hash_ids
 from mlkit.embeddings.baselines.hashing import HashingEmbeddingBag
 from mlkit.embeddings.baselines.mixed_dimensions import MDEEmbeddingBag, mixed_dimensions
 from mlkit.embeddings.baselines.narrow import NarrowEmbeddingBag
 from mlkit.embeddings.baselines.quotient_remainder import QREmbeddingBag
+from mlkit.embeddings.id_hash import hash_ids
 from mlkit.errors import InvalidValueError
 
 MASK = (1 << 64) - 1

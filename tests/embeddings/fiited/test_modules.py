@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlkit.embeddings import DynamicEmbedding, DynamicEmbeddingBag, FIITEDConfig
+from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.errors import InvalidTypeError, InvalidValueError
 
 ROWS, DIM, PADDING = 30, 8, 4
@@ -409,6 +410,12 @@ def test_bad_offsets(mode: str, offsets: list[int], message: str) -> None:
 def test_bad_calls(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((InvalidTypeError, InvalidValueError), match=message):
         bag(mode="sum", name="item")(*arguments)
+
+
+def test_a_store_takes_integers_only() -> None:
+    store = bag(target_density=1.0).store.eval()
+    with pytest.raises(InvalidTypeError, match=r"ids of 'embedding_bag' must be int64 or int32"):
+        lookup(store, torch.tensor([1.5]))
 
 
 def test_weights_are_for_sums() -> None:
