@@ -209,7 +209,8 @@ def _windows(units: Units) -> np.ndarray:
 
 def _facts(report: Report, run: RunContext, settings: FIITEDSettings, stream: CTRStream) -> None:
     report.facts["data"] = stream.source
-    report.facts["seeds"] = f"{run.seed} to {run.seed + settings.num_seeds - 1}"
+    seeds = range(run.seed, run.seed + settings.num_seeds)
+    report.facts["seeds"] = ", ".join(map(str, seeds))
     report.facts["tables"] = f"{len(stream.table_sizes)} with {sum(stream.table_sizes):,} rows"
     report.facts["examples"] = (
         f"{stream.num_samples('train'):,} to train on, once, in the order of time; "
