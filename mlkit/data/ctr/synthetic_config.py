@@ -51,7 +51,7 @@ class SyntheticConfig:
         InvalidValueError: For a value out of range.
     """
 
-    num_samples: int = 260_000
+    num_samples: int = 200_000
     table_sizes: Sequence[int] = field(default_factory=_default_sizes)
     zipf: Sequence[float] = (1.05, 1.2)
     latent_dim: int = 64
