@@ -35,7 +35,7 @@ from mlkit.embeddings.memory import MemoryReport
 from mlkit.errors import InvalidTypeError, InvalidValueError, RunError
 from mlkit_kernels.dynamic_embedding import HeaderLayout, RowGradients, Update
 from mlkit_kernels.dynamic_embedding import op as kernels
-from mlkit_kernels.dynamic_embedding.header import decode, encode
+from mlkit_kernels.dynamic_embedding.header import STEPS_PER_OCTAVE, decode, encode
 
 __all__ = ["DynamicEmbeddingStore", "store_of"]
 
@@ -47,6 +47,9 @@ _FILL_BLOCK = 1 << 16
 _CLOCK = 8  # numbers of a store's extra state before what must match
 _MATCHING = ("layout", "optimizer", "utility_dtype", "id_map")
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
+_WINDOW_STEPS = (1, 2, 4, 8, 16)  # after which that window is moved to what is there, as in rounds
+_LARGEST_EXPONENT = 90  # codes stay normal float32s, increments by a scale included
+_LOW_CODE, _HIGH_CODE = 64, 239  # the largest code of a window that fits
 
 _handles = itertools.count(1)
 _stores: weakref.WeakValueDictionary[int, DynamicEmbeddingStore] = weakref.WeakValueDictionary()
@@ -198,6 +201,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._has_warned = False
         self._seen: tuple[int, int] | None = None  # step and version of the pool, last backward
         self.is_warm = False
+        self._has_earned = False  # whether a gradient came since the start, or since a load
         self._placement: Placement | None = None
         self._saved_free: Tensor | None = None
         self._extra: weakref.ref[Tensor] | None = None
@@ -616,6 +620,7 @@ class DynamicEmbeddingStore(nn.Module):
                 if bool(late.any()):
                     self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
         self.num_nonfinite += touched.num_nonfinite
+        self._has_earned = self._has_earned or update.utility != "none"
         new = self._without_spare(touched.new)
         if not fused:
             new = new._replace(grads=new.grads[:, :0].clone())  # the optimizer has them
@@ -696,6 +701,8 @@ class DynamicEmbeddingStore(nn.Module):
         self._admit_new()
         self.steps += 1
         self._log_scale -= math.log(self.config.decay_per_step)
+        if self.layout.utility_bytes == 1 and self.steps in _WINDOW_STEPS:
+            self._recentre()
         if self.config.is_round(self.steps):
             self._warn_unregistered()
             return self.prune_now()
@@ -786,7 +793,7 @@ class DynamicEmbeddingStore(nn.Module):
         return stats
 
     def _recentre(self) -> None:
-        """Fold the decay's scale into the utilities before it grows too large."""
+        """Fold the decay's scale into the utilities, and move the window of one-byte ones."""
         stored = self.layout.utilities(self.header, self.config.num_chunks)
         if self.layout.utility_bytes == 4:
             if self._log_scale > math.log(_LARGEST_SCALE):
@@ -795,11 +802,21 @@ class DynamicEmbeddingStore(nn.Module):
             return
         octaves = math.floor(self._log_scale / math.log(2))
         if octaves >= 4:
-            shift = 8 * octaves
-            for block in stored.split(_FILL_BLOCK):
-                code = block.short()
-                block.copy_(torch.where(code > shift, code - shift, (code > 0).short()))
+            self._shift_codes(stored, -octaves)
             self._log_scale -= octaves * math.log(2)
+        top = int(stored.max()) if stored.numel() else 0
+        if top > _HIGH_CODE or (top < _LOW_CODE and self._has_earned):
+            octaves = ((_LOW_CODE + _HIGH_CODE) // 2 - top) // STEPS_PER_OCTAVE
+            before = self._exponent
+            self._exponent = min(max(before - octaves, -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
+            self._shift_codes(stored, before - self._exponent)
+
+    def _shift_codes(self, stored: Tensor, octaves: int) -> None:
+        """Move one-byte codes; 0 stays, and so does 1, which says "no more than this"."""
+        shift = STEPS_PER_OCTAVE * octaves
+        for block in stored.split(_FILL_BLOCK):
+            code = block.short()
+            block.copy_(torch.where(code > 1, (code + shift).clamp(1, 255), code))
 
     # -------------------------------------------------------------------- budget
 

@@ -144,6 +144,27 @@ def test_one_byte_utilities_rank_as_float32_ones_on_a_zipf_stream():
     assert agreement > 0.9
 
 
+@pytest.mark.parametrize("factor", [1e-12, 1e-9, 1e5, 1e9])
+def test_the_window_of_one_byte_utilities_follows_the_gradients(factor):
+    """Losses that are means over large batches have tiny gradients."""
+    stores = [
+        make_store(200, 8, utility_dtype=dtype, target_density=0.3, decay=0.9)
+        for dtype in ("float32", "uint8")
+    ]
+    generator = np.random.default_rng(0)
+    probability = 1 / np.arange(1, 201) ** 1.05
+    probability /= probability.sum()
+    for _ in range(60):
+        ids = torch.from_numpy(generator.choice(200, size=64, p=probability))
+        grad = torch.from_numpy(generator.normal(size=(64, 8)).astype(np.float32)) * factor
+        for store in stores:
+            lookup(store, ids, tables=[0]).backward(grad)
+            store.step()
+    exact, coded = (s.utilities(slice(0, 200)).flatten().numpy() for s in stores)
+    seen = exact > 0
+    assert stats.spearmanr(exact[seen], coded[seen]).statistic > 0.97
+
+
 # ------------------------------------------------------------------ what is not finite
 
 
