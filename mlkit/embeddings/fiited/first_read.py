@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mlkit.embeddings.fiited.gradients import waiting_rows
 from mlkit.embeddings.fiited.ids import table_of
 from mlkit.embeddings.fiited.initial import initial_values
 
@@ -63,7 +64,7 @@ def add_first_reads(
     rows = first[table] + indices
     header = store.header[rows]
     new = counted & (store.layout.utilities(header, per_row) == 0).all(1)
-    waiting = store.waiting(numbers)
+    waiting = waiting_rows(store, numbers)
     if waiting is not None:  # rows that a backward pass of this step has met already
         new |= counted & torch.isin(rows, waiting)
     new &= (store.layout.slots(store.layout.addresses(header, per_row), per_row) < 0).all(1)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mlkit.embeddings.fiited.first_read import add_first_reads, has_first_reads
+from mlkit.embeddings.fiited.gradients import take_gradient
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore, store_of
 from mlkit.errors import InvalidTypeError, InvalidValueError
 from mlkit_kernels.dynamic_embedding import IndexOutOfRange
@@ -136,8 +137,8 @@ def _backward_op(
     sparse: bool,
 ) -> Tensor:
     store = store_of(handle)
-    found = store.backward(
-        tables, indices, offsets, bag_size, weights, grad, mode,
+    found = take_gradient(
+        store, tables, indices, offsets, bag_size, weights, grad, mode,
         scale_grad_by_freq=scale_grad_by_freq, sparse=sparse,
     )  # fmt: skip
     return torch.zeros_like(store.root) if found is None else found

@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mlkit.embeddings.fiited.budget import Plan, plan
-from mlkit.embeddings.fiited.config import CHOICES, FIITEDConfig
-from mlkit.embeddings.fiited.distributed import gather_gradients, resolve_group
+from mlkit.embeddings.fiited.checkpoint import CLOCK, clashes, structure
+from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.distributed import resolve_group
 from mlkit.embeddings.fiited.ids import ExactIds, hash_rows, table_of
 from mlkit.embeddings.fiited.initial import initial_values
 from mlkit.embeddings.fiited.pages import ask_for_large_pages, new_zeros
@@ -44,8 +45,6 @@ logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _LARGEST_SCALE = 1e12
 _FILL_BLOCK = 1 << 16
-_CLOCK = 8  # numbers of a store's extra state before what must match
-_MATCHING = ("layout", "optimizer", "utility_dtype", "id_map")
 _FIRST_EXPONENT = -20  # of one-byte utilities: code 1 is 2^-20, code 255 about 2^12
 _WINDOW_STEPS = (1, 2, 4, 8, 16)  # after which that window is moved to what is there, as in rounds
 _LARGEST_EXPONENT = 90  # codes stay normal float32s, increments by a scale included
@@ -193,7 +192,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._log_scale = 0.0
         self._exponent = _FIRST_EXPONENT
         self._lr = torch.tensor(self.config.lr, dtype=torch.float64)
-        self._pending: list[tuple[Sequence[int], RowGradients]] = []
+        self.pending: list[tuple[Sequence[int], RowGradients]] = []
         self.num_dropped = 0
         self.dropped = torch.zeros(len(self.tables.specs), dtype=torch.int64)
         self.unseen: list[Tensor] = []
@@ -201,7 +200,7 @@ class DynamicEmbeddingStore(nn.Module):
         self._has_warned = False
         self._seen: tuple[int, int] | None = None  # step and version of the pool, last backward
         self.is_warm = False
-        self._has_earned = False  # whether a gradient came since the start, or since a load
+        self.has_earned = False  # whether a gradient came since the start, or since a load
         self._placement: Placement | None = None
         self._saved_free: Tensor | None = None
         self._extra: weakref.ref[Tensor] | None = None
@@ -387,7 +386,7 @@ class DynamicEmbeddingStore(nn.Module):
             "_exact": None,
             "_optimizers": [],
             "_driver": None,
-            "_pending": [],
+            "pending": [],
             "_loading": None,
             "_extra": None,
             "unseen": [],
@@ -559,134 +558,11 @@ class DynamicEmbeddingStore(nn.Module):
             keep_new=self.num_resident < self.target,
         )
 
-    @torch.no_grad()
-    def backward(
-        self,
-        tables: Sequence[int],
-        indices: Tensor,
-        offsets: Tensor | None,
-        bag_size: int,
-        weights: Tensor | None,
-        grad: Tensor,
-        mode: str,
-        *,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Tensor | None:
-        """Take the gradient of a lookup: utilities, and the fused update or the pool's gradient.
-
-        Args:
-            tables: Numbers of the tables that were read.
-            indices: As in the lookup, and so on.
-            offsets: See the kernels.
-            bag_size: See the kernels.
-            weights: See the kernels.
-            grad: Of the lookup's output.
-            mode: "sum" or "mean".
-            scale_grad_by_freq: Divide the gradient of a row by how often it was read.
-            sparse: Whether the gradient of the pool is.
-
-        Returns:
-            The gradient of the pool, dense or sparse; None in fused mode.
-        """
-        per_row = self.config.num_chunks
-        metadata, grad = self.tables.metadata(tuple(tables)), grad.contiguous()
-        if any(after <= before for before, after in itertools.pairwise(tables)):
-            metadata, indices, grad = self._as_one_table(metadata, indices, offsets, bag_size, grad)
-        update, group = self.update(), self.group()
-        fused = self.config.optimizer is not None
-        waiting = self.waiting(tables) if fused else None
-        local = None
-        is_plain = self.grad_scale == 1 and not scale_grad_by_freq
-        if fused and group is None and waiting is None and is_plain:
-            touched = kernels.backward(
-                self.header, self.pool.detach(), self.states, metadata, self.layout, per_row,
-                indices, offsets, bag_size, weights, grad, mode, update,
-            )  # fmt: skip
-        else:
-            local = kernels.reduce(metadata, indices, offsets, bag_size, weights, grad, mode)
-            if scale_grad_by_freq:
-                counts = local.counts.to(local.grads.dtype)
-                local = local._replace(grads=local.grads / counts.unsqueeze(1))
-            gradients = self._shared(local, update, group)
-            touched = kernels.apply(
-                self.header, self.pool.detach(), self.states, self.layout, per_row, gradients,
-                update,
-            )  # fmt: skip
-            if waiting is not None:
-                # Rows of an earlier lookup in this step have earned utility, but no place yet.
-                late = torch.isin(gradients.rows, waiting)
-                late &= ~torch.isin(gradients.rows, touched.new.rows)
-                if bool(late.any()):
-                    self._pending.append((tables, RowGradients(*(x[late] for x in gradients))))
-        self.num_nonfinite += touched.num_nonfinite
-        self._has_earned = self._has_earned or update.utility != "none"
-        new = self._without_spare(touched.new)
-        if not fused:
-            new = new._replace(grads=new.grads[:, :0].clone())  # the optimizer has them
-            self._warn_without_steps()
-        if len(new.rows):
-            self._pending.append((tables, new))
-        return None if fused or local is None else self._pool_gradient(local, sparse)
-
-    def waiting(self, tables: Sequence[int]) -> Tensor | None:
-        """Return rows of these tables that an earlier backward pass of this step found new."""
-        found = [p.rows for t, p in self._pending if not set(t).isdisjoint(tables)]
-        return torch.cat(found) if found else None
-
-    def _shared(self, local: RowGradients, update: Update, group: Any) -> RowGradients:
-        """Gradients of all ranks, and without the factor of a loss scale."""
-        if self.grad_scale != 1:
-            local = local._replace(grads=local.grads / self.grad_scale)
-        is_used = self.config.optimizer is not None or update.utility != "none" or update.keep_new
-        return local if group is None or not is_used else gather_gradients(local, group)
-
-    def _without_spare(self, new: RowGradients) -> RowGradients:
-        """Let the spare rows forget what lookups of unknown ids left there."""
-        if not self.tables.spare_rows:
-            return new
-        spare = torch.tensor(self.tables.spare_rows, device=self.header.device)
-        self.forget(spare)
-        keep = ~torch.isin(new.rows, spare)
-        return RowGradients(*(x[keep] for x in new))
-
     def forget(self, rows: Int[Tensor, " rows"]) -> None:
         """Set the utilities and the row-wise state of rows of the header to zero."""
         self.layout.utilities(self.header, self.config.num_chunks)[rows] = 0
         if self.layout.row_state:
             self.layout.state(self.header, self.config.num_chunks)[rows] = 0
-
-    def _as_one_table(
-        self,
-        metadata: Tensor,
-        indices: Tensor,
-        offsets: Tensor | None,
-        bag_size: int,
-        grad: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn a batch that reads a table twice into one of the whole header.
-
-        The kernels sum gradients by table, so a table may occur only once among theirs.
-        """
-        place = table_of(len(indices), len(metadata), offsets, indices.device)
-        first, _, pad = metadata.to(indices.device).unbind(1)
-        padding = next(iter(self.tables.padding_rows), -1)
-        rows = torch.where(indices == pad[place], padding, indices + first[place])
-        whole = torch.tensor([[0, self.tables.num_rows, padding]], device="cpu")
-        by_bag = grad.unflatten(1, (len(metadata), -1)).transpose(0, 1).flatten(0, 1)
-        return whole, rows, by_bag.contiguous()
-
-    def _pool_gradient(self, gradients: RowGradients, sparse: bool) -> Tensor:
-        slots = self.placement.slots(gradients.rows)
-        resident = slots >= 0
-        width = self.pool.shape[1]
-        chunks = gradients.grads.view(len(slots), self.config.num_chunks, width)[resident]
-        at, values = slots[resident], chunks.to(self.pool.dtype)
-        if sparse:
-            return torch.sparse_coo_tensor(
-                at.unsqueeze(0), values, self.pool.shape, check_invariants=False
-            )
-        return torch.zeros_like(self.pool).index_copy_(0, at, values)
 
     @torch.no_grad()
     def step(self) -> RoundStats | None:
@@ -708,7 +584,7 @@ class DynamicEmbeddingStore(nn.Module):
             return self.prune_now()
         return None
 
-    def _warn_without_steps(self) -> None:
+    def warn_without_steps(self) -> None:
         """Say once that the pool was trained between two backward passes, and no step ended."""
         now = (self.steps, self.pool._version)
         before, self._seen = self._seen, now
@@ -734,7 +610,7 @@ class DynamicEmbeddingStore(nn.Module):
 
     def _admit_new(self) -> None:
         """Give rows that were seen for the first time a place, as long as there is one."""
-        pending, self._pending = [gradients for _, gradients in self._pending], []
+        pending, self.pending = [gradients for _, gradients in self.pending], []
         found = [gradients.rows for gradients in pending]
         if self.exact_ids is not None:
             found.append(insert_unseen(self))
@@ -805,7 +681,7 @@ class DynamicEmbeddingStore(nn.Module):
             self._shift_codes(stored, -octaves)
             self._log_scale -= octaves * math.log(2)
         top = int(stored.max()) if stored.numel() else 0
-        if top > _HIGH_CODE or (top < _LOW_CODE and self._has_earned):
+        if top > _HIGH_CODE or (top < _LOW_CODE and self.has_earned):
             octaves = ((_LOW_CODE + _HIGH_CODE) // 2 - top) // STEPS_PER_OCTAVE
             before = self._exponent
             self._exponent = min(max(before - octaves, -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
@@ -887,7 +763,7 @@ class DynamicEmbeddingStore(nn.Module):
         """Return clock, counters and free lists, as a tensor for every kind of checkpoint."""
         counts = [self.steps, self.num_nonfinite, self.plan.num_chunks, self.num_dropped]
         values = [*counts, self._log_scale, self._exponent, float(self._lr), float(self.is_warm)]
-        clock = torch.tensor([*values, *self._structure().values()], dtype=torch.float64)
+        clock = torch.tensor([*values, *structure(self).values()], dtype=torch.float64)
         free = clock[:0] if self.header.is_meta else self.placement.free().double().cpu()
         found = torch.cat([clock, self.dropped.double(), free])
         # A store that several modules share gives the same tensor to each of them.
@@ -899,42 +775,15 @@ class DynamicEmbeddingStore(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the clock of a checkpoint; the target stays this store's own."""
-        steps, nonfinite, _, num_dropped, log_scale, exponent, lr, warm = state[:_CLOCK].tolist()
+        steps, nonfinite, _, num_dropped, log_scale, exponent, lr, warm = state[:CLOCK].tolist()
         self.is_warm = bool(warm)
         self.steps, self._log_scale, self._exponent = int(steps), log_scale, int(exponent)
         self.num_nonfinite, self.num_dropped = int(nonfinite), int(num_dropped)
         self._lr.fill_(lr)
-        rest = state[_CLOCK + len(self._structure()) :].long()
+        rest = state[CLOCK + len(structure(self)) :].long()
         self.dropped = rest[: len(self.tables.specs)].cpu()
         free = rest[len(self.tables.specs) :]
         self._saved_free = free if len(free) else None
-
-    def _structure(self) -> dict[str, int]:
-        """Return what a checkpoint must have in common with this store, as numbers."""
-        config = self.config
-        found = {
-            "num_tables": len(self.tables.specs),
-            "embedding_dim": self.embedding_dim,
-            "num_chunks": config.num_chunks,
-            **{f: CHOICES[f].index(getattr(config, f)) for f in _MATCHING},
-            "seed": 0 if config.id_map == "identity" else config.seed,
-        }
-        for number, spec in enumerate(self.tables.specs):
-            found[f"rows of table {number}"] = spec.num_embeddings
-        return found
-
-    def _clashes(self, extra: Tensor) -> list[str]:
-        """Say in which way the checkpoint behind an extra state is not one of such a store."""
-        mine = self._structure()
-        found = []
-        for (name, own), theirs in zip(mine.items(), extra[_CLOCK:].tolist(), strict=False):
-            if own == theirs:
-                continue
-            values = [CHOICES[name][int(v)] if name in CHOICES else int(v) for v in (theirs, own)]
-            found.append(f"{name} is {values[0]!r} there and {values[1]!r} here")
-            if name == "num_tables":
-                break  # what follows depends on it
-        return found
 
     def is_first_visit(self, error_msgs: list[str]) -> bool:
         """Say whether this call of `load_state_dict` comes here for the first time.
@@ -959,16 +808,16 @@ class DynamicEmbeddingStore(nn.Module):
         if not self.is_first_visit(error_msgs):
             return
         extra = state_dict.get(f"{prefix}_extra_state")
-        clashes = self._clashes(extra) if isinstance(extra, Tensor) else []
-        if clashes:
+        found = clashes(self, extra) if isinstance(extra, Tensor) else []
+        if found:
             names = ", ".join(spec.name for spec in self.tables.specs[:3])
             error_msgs.append(
                 f"the checkpoint of {prefix.rstrip('.') or 'the store'} ({names}) does not fit: "
-                f"{'; '.join(clashes)}. A budget may differ, these may not"
+                f"{'; '.join(found)}. A budget may differ, these may not"
             )
             return
         own, began = self.target, self.budget if self.config.ramp is None else self.ramp_target(0)
-        self._pending, self._placement, self.unseen = [], None, []
+        self.pending, self._placement, self.unseen = [], None, []
         if isinstance(extra, Tensor) and int(extra[2]) != self.plan.num_chunks:
             self._take_plan(self._plan(int(extra[2])))
         super()._load_from_state_dict(

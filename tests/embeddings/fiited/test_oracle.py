@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlkit.embeddings.fiited.config import FIITEDConfig
+from mlkit.embeddings.fiited.gradients import take_gradient
 from mlkit.embeddings.fiited.initial import initial_values
 from mlkit.embeddings.fiited.lookup import lookup
 from mlkit.embeddings.fiited.store import DynamicEmbeddingStore
@@ -275,7 +276,7 @@ def test_a_gradient_that_is_not_finite_earns_nothing() -> None:
         for table, batch in enumerate(batches):
             grad = torch.tensor(batch.grad, dtype=torch.float32)
             offsets = torch.tensor(batch.offsets)
-            pair.store.backward([table], ids[table], offsets, 1, None, grad, "sum")
+            take_gradient(pair.store, [table], ids[table], offsets, 1, None, grad, "sum")
             pair.oracle.backward(table, batch.ids, batch.offsets, batch.grad)
         pair.store.step()
         with np.errstate(invalid="ignore"):  # such a row's weights are NaN, as torch has it
@@ -340,7 +341,7 @@ def test_two_lookups_of_a_table_in_one_step(optimizer: Any, utility: Any) -> Non
         for table, batches in enumerate(zip(one, two, strict=True)):
             for batch in batches:
                 ids, offsets, weights, grad = batch.tensors()
-                pair.store.backward([table], ids, offsets, 1, weights, grad, batch.mode)
+                take_gradient(pair.store, [table], ids, offsets, 1, weights, grad, batch.mode)
                 pair.oracle.backward(
                     table, batch.ids, batch.offsets, batch.grad, batch.weights, batch.mode
                 )
